@@ -100,7 +100,7 @@ class Adapter:
         """Returns the same adapter with other updates, without facts about absent modules."""
         kernels = {name: kernel for name, kernel in self.kernels.items() if name in updates}
         algorithms = {name: kind for name, kind in self.algorithms.items() if name in updates}
-        kept = {name: share for name, share in self.kept_energy.items() if name in updates}
+        shares = {name: share for name, share in self.kept_energy.items() if name in updates}
         return replace(
-            self, updates=updates, kernels=kernels, algorithms=algorithms, kept_energy=kept
+            self, updates=updates, kernels=kernels, algorithms=algorithms, kept_energy=shares
         )

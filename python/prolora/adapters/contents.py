@@ -27,12 +27,12 @@ def parse_contents(source: Lora, base: BaseNames | None = None) -> Contents:
         UnsupportedFormat: a kind of adapter that is not read, or a key that is not understood.
         ShapeMismatch: tensors that do not go together.
     """
-    known = (base.model, id(base.modules)) if base else None
-    if known not in source.parsed:
+    base_key = (base.model, id(base.modules)) if base else None
+    if base_key not in source.parsed:
         # The names are kept beside what was found by them, so that their id stays theirs.
-        source.parsed[known] = base, _parse_contents(source, base)
-    found: Contents = source.parsed[known][1]
-    return found
+        source.parsed[base_key] = base, _parse_contents(source, base)
+    contents: Contents = source.parsed[base_key][1]
+    return contents
 
 
 def _parse_contents(source: Lora, base: BaseNames | None) -> Contents:

@@ -179,7 +179,7 @@ def _find_neighbours(
 
 
 def _refuse_unknown(unknown: list[str], source: Lora) -> None:
-    """Says what the first keys that are not understood look like."""
+    """Describes what the first keys that are not understood look like."""
     first = unknown[0]
     if any(tensor_keys.is_base_weight(key) for key in unknown) and not any(
         tensor.role in ("down", "up") for tensor in source.tensors.values()
@@ -226,13 +226,13 @@ def find_neighbours(
     if not keys:
         return {}
     paths = {tensor_keys.split_key(key)[0]: name for name, own in updates.items() for key in own}
-    found = {}
+    neighbours = {}
     for key in keys:
         end = len(key)
         # kohya's names join by underscores: `…_to_q_gain` stands beside `…_to_q`.
-        while key not in found and (end := max(key.rfind(mark, 0, end) for mark in "._")) > 0:
+        while key not in neighbours and (end := max(key.rfind(mark, 0, end) for mark in "._")) > 0:
             # `to_q_lora.down` is a factor of `to_q`.
             name = paths.get(key[:end]) or paths.get(key[:end].removesuffix("_lora"))
             if name is not None:
-                found[key] = name, key[end + 1 :]
-    return found
+                neighbours[key] = name, key[end + 1 :]
+    return neighbours

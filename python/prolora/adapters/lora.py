@@ -124,12 +124,12 @@ class Lora:
         """SHA-256 of the file and of PEFT's configuration beside it; "" of a state dict."""
         if self.file is None:
             return ""
-        found = hashlib.sha256()
+        digest = hashlib.sha256()
         if self.config is not None:
-            found.update(json.dumps(self.config, sort_keys=True).encode())
+            digest.update(json.dumps(self.config, sort_keys=True).encode())
         for block in self.file.read_blocks():
-            found.update(block)
-        return found.hexdigest()
+            digest.update(block)
+        return digest.hexdigest()
 
     @cached_property
     def model(self) -> Model:
@@ -223,7 +223,7 @@ def _open_mapping(
 
 
 def _explain_unreadable(tensor: Tensor) -> str:
-    """Says why the numbers of a tensor cannot be read, "" if they can."""
+    """Explains why the numbers of a tensor cannot be read, "" if they can."""
     if tensor.is_meta:
         return "is on the meta device and holds no numbers; load the model's weights first"
     odd = tensor.is_complex() or tensor.is_quantized or tensor.is_nested
@@ -238,8 +238,8 @@ def _open_file(
     tensors = {
         key: StoredTensor.of(key, info.stored, info.shape) for key, info in file.tensors.items()
     }
-    kept = file.metadata if metadata is None else dict(metadata)
-    return Lora(str(path), tensors, file.read, kept, config, file, path)
+    entries = file.metadata if metadata is None else dict(metadata)
+    return Lora(str(path), tensors, file.read, entries, config, file, path)
 
 
 def _open_folder(folder: Path, metadata: Mapping[str, str] | None) -> Lora:

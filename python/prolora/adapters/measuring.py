@@ -30,35 +30,35 @@ class FileNumbers:
 
 def measure_numbers(contents: Contents, scales: Mapping[str, float], opened: Lora) -> FileNumbers:
     """Reads every tensor of a file once; `scales` is module -> factor."""
-    found = FileNumbers()
+    numbers = FileNumbers()
     for slot in contents.slots:
-        _measure_update(slot, abs(scales[slot.module.name]), opened, found)
+        _measure_update(slot, abs(scales[slot.module.name]), opened, numbers)
     used = {key for slot in contents.slots for key in slot.keys.values()}
     for key, header in opened.tensors.items():
         if key in used or not is_floating(header.dtype):
             continue
         tensor = opened.read(key).double()
         if not tensor.isfinite().all():
-            found.broken.append(key)
+            numbers.broken.append(key)
         elif tensor.any():
-            found.vectors_act = True
-            found.over += [key] if float(tensor.abs().max()) > LARGEST_HALF else []
-    return found
+            numbers.vectors_act = True
+            numbers.over += [key] if float(tensor.abs().max()) > LARGEST_HALF else []
+    return numbers
 
 
-def _measure_update(slot: Slot, scale: float, opened: Lora, found: FileNumbers) -> None:
+def _measure_update(slot: Slot, scale: float, opened: Lora, numbers: FileNumbers) -> None:
     name, parts = slot.module.name, {r: opened.read(k).double() for r, k in slot.keys.items()}
     if bad := [slot.keys[role] for role, x in parts.items() if not x.isfinite().all()]:
-        found.broken += bad
+        numbers.broken += bad
         return
     factors = [x for role, x in parts.items() if role not in forms.NUMBERS | forms.MAGNITUDES]
     if forms.kind_of_roles(parts.keys()) in ("oft", "glora"):
-        found.sizes[name] = float(scale != 0 and all(x.any() for x in factors))
+        numbers.sizes[name] = float(scale != 0 and all(x.any() for x in factors))
         return
     rows = scale * _measure_rows(slot.form.algorithm, parts)
-    found.sizes[name] = float(rows.norm())
+    numbers.sizes[name] = float(rows.norm())
     if max(float(rows.max()), *(float(x.abs().max()) for x in factors)) > LARGEST_HALF:
-        found.over.append(name)
+        numbers.over.append(name)
 
 
 def _measure_rows(algorithm: str, tensors: Mapping[str, Tensor]) -> Tensor:

@@ -65,8 +65,8 @@ def read_training_words(metadata: Mapping[str, str]) -> TrainingWords:
             continue
         tags = dict(_read_counts(counts))
         if tags:
-            known = images.get(name) if isinstance(images, dict) else None
-            stated = known.get("img_count") if isinstance(known, dict) else None
+            image_counts = images.get(name) if isinstance(images, dict) else None
+            stated = image_counts.get("img_count") if isinstance(image_counts, dict) else None
             read.append(CaptionedFolder(max(_as_count(stated), *tags.values()), tags))
     trigger = clean_text(metadata.get("modelspec.trigger_phrase", ""))
     return TrainingWords(trigger, tuple(read))
@@ -89,12 +89,12 @@ def combine_tags(headers: Mapping[str, Mapping[str, str]]) -> str:
 
 def clean_text(text: str) -> str:
     """Reduces text to one printable line of at most LONGEST characters."""
-    kept = (
+    printable = (
         " " if kind in ("Cc", "Zl", "Zp") else character
         for character in text[: 4 * LONGEST]
         if (kind := unicodedata.category(character)) == "Cc" or kind[0] != "C"
     )
-    return " ".join("".join(kept).split())[:LONGEST].rstrip()
+    return " ".join("".join(printable).split())[:LONGEST].rstrip()
 
 
 def _read_json(metadata: Mapping[str, str], field: str) -> Any:
@@ -108,12 +108,12 @@ def _read_counts(counts: Any) -> Iterator[tuple[str, int]]:
     """Tags and positive counts of what should be such a table, most frequent first."""
     if not isinstance(counts, dict):
         return
-    known: Counter[str] = Counter()
+    positive: Counter[str] = Counter()
     for tag, count in counts.items():
         cleaned = clean_text(tag)
         if cleaned and _as_count(count):
-            known[cleaned] = min(known[cleaned] + _as_count(count), _LARGEST)
-    yield from known.most_common(_MOST)
+            positive[cleaned] = min(positive[cleaned] + _as_count(count), _LARGEST)
+    yield from positive.most_common(_MOST)
 
 
 def _as_count(value: Any) -> int:

@@ -71,8 +71,8 @@ def write_adapter(
     folder = output.format == "peft"
     text = ""
     if folder:
-        told = encoding.peft_config(output.adapter, owners=output.owners)
-        text = json.dumps(told, indent=2, sort_keys=True) + "\n"
+        peft = encoding.peft_config(output.adapter, owners=output.owners)
+        text = json.dumps(peft, indent=2, sort_keys=True) + "\n"
     header = output.header
     if any(key.startswith(PREFIX) for key in header):
         tensors, config = output.tensors, json.loads(text) if folder else None
@@ -140,8 +140,9 @@ def _prepare(
     configured: bool = True,
 ) -> _Encoded:
     """Encodes an adapter; `configured` allows stored tensors with scales beside them."""
-    kept = find_kept(adapter, format, dtype)
-    kept = kept if configured or not (kept and kept.need_config) else None
+    kept_tensors = find_kept(adapter, format, dtype)
+    if kept_tensors and kept_tensors.need_config and not configured:
+        kept_tensors = None
     adapter, format = groups.resolve_format(adapter, format)
     layout = groups.lay_out(adapter, format)
     stored = dtype or (adapter.dtype if adapter.dtype in _DTYPES else torch.float16)
@@ -150,8 +151,8 @@ def _prepare(
     if not adapter.updates and not adapter.vectors:
         raise OutputError(f"{where}: not written, because no module is left in the adapter")
     adapter = adapter.with_updates({n: update.to("cpu") for n, update in adapter.updates.items()})
-    if kept:
-        tensors, owners, ranks = kept.read(), kept.owners, None
+    if kept_tensors:
+        tensors, owners, ranks = kept_tensors.read(), kept_tensors.owners, None
         scales = {name: one.scale for name, one in owners.items()}
     else:
         tensors, owners = encoding.encode_adapter(adapter, format, stored), {}

@@ -52,8 +52,8 @@ class DepthTable:
 
     def list_names(self, module: str) -> list[str]:
         """Returns a module's names: in diffusers, and in the authors' files or LDM."""
-        held = self._names.find_weight_holding(module) if self._names else None
-        return list(dict.fromkeys((module, held.name if held else module)))
+        fused = self._names.find_weight_holding(module) if self._names else None
+        return list(dict.fromkeys((module, fused.name if fused else module)))
 
     @cached_property
     def places(self) -> tuple[str, ...]:
@@ -94,14 +94,14 @@ class DepthTable:
 
     def _list_places(self, modules: Iterable[str]) -> tuple[str, ...]:
         """Returns the blocks of some modules, with the names UNets and FLUX always have."""
-        found = {place for module in modules if (place := self.find_place(module))}
+        places = {place for module in modules if (place := self.find_place(module))}
         if self.family is not None and self.family.id == "flux":
-            found |= {*_FLUX_ENCODERS.values(), "IN", "OUT"}
+            places |= {*_FLUX_ENCODERS.values(), "IN", "OUT"}
         elif self._is_unet:
-            found.add(BASE)
+            places.add(BASE)
         else:
-            found.discard(BASE)  # the notation of other transformers names blocks alone
-        return tuple(sorted(found, key=_order_place))
+            places.discard(BASE)  # the notation of other transformers names blocks alone
+        return tuple(sorted(places, key=_order_place))
 
     def _find_ldm_place(self, module: str) -> str:
         """Returns IN, M or OUT with its number for a module of a UNet."""

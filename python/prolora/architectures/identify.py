@@ -85,8 +85,8 @@ class Model(NamedTuple):
 
     def _narrow(self, families: Collection[str]) -> Model:
         sizes = {size for id_ in families for size in known_families()[id_].layouts}
-        kept = tuple(size for size in self.sizes if size in sizes)
-        return self._replace(families=tuple(families), sizes=kept)
+        remaining = tuple(size for size in self.sizes if size in sizes)
+        return self._replace(families=tuple(families), sizes=remaining)
 
 
 UNKNOWN = Model()
@@ -119,8 +119,8 @@ def identify(
     if not every:
         families = (claimed,) if claimed else ()
         return Model(families, (), claimed, version, encoders, names=families, able=families)
-    found = _recognise(every, claimed)
-    return found._replace(claimed=claimed, version=version, encoders=encoders)
+    model = _recognise(every, claimed)
+    return model._replace(claimed=claimed, version=version, encoders=encoders)
 
 
 def identify_base(shapes: Mapping[str, tuple[int, ...]]) -> Model:
@@ -139,11 +139,11 @@ def identify_base(shapes: Mapping[str, tuple[int, ...]]) -> Model:
     # Some transformers have a `time_embedding` too, beside blocks that no UNet has.
     if not any(find_component(name) == "transformer" for name in named):
         return Model()
-    found = _list_patterns(named)
+    patterns = _list_patterns(named)
     ids = tuple(
         id_
         for id_, family in families.items()
-        if any(found == _layout_patterns(size) for size in family.layouts)
+        if any(patterns == _layout_patterns(size) for size in family.layouts)
     )
     if len(ids) > 1:
         likely = identify_names(select_kinds(named))
@@ -414,7 +414,7 @@ def select_kinds(shapes: Mapping[str, tuple[int, ...]]) -> list[NamedMatrix]:
 
 
 def explain_adapter(keys: Collection[str]) -> str:
-    """Says why a LoRA is no base model; "" for keys of a model."""
+    """Explains why a LoRA is no base model; "" for keys of a model."""
     for key in filter(_ADAPTER.search, keys):
         # nunchaku calls the low-rank part of a quantised weight so, too.
         if f"{key.rpartition('.')[0]}.qweight" not in keys:

@@ -153,15 +153,15 @@ def load_patterns(layouts: Iterable[str]) -> dict[str, tuple[tuple[int, ...], ..
 
     The pattern has N in place of the block's number.
     """
-    found: dict[str, dict[tuple[int, ...], None]] = {}
+    patterns: dict[str, dict[tuple[int, ...], None]] = {}
     for id_ in layouts:
         table = json.loads(_read_table(f"{id_}.json"))["shapes"]
         entries = [(entry, shape) for shape, entries in table.items() for entry in entries]
         stacks = _find_stacks(entry for entry, _ in entries)
         for entry, text in entries:
             shape = _read_shape(text)
-            found.setdefault(_generalise(entry, stacks), {})[shape] = None
-    return {pattern: tuple(shapes) for pattern, shapes in found.items()}
+            patterns.setdefault(_generalise(entry, stacks), {})[shape] = None
+    return {pattern: tuple(shapes) for pattern, shapes in patterns.items()}
 
 
 def _generalise(entry: str, stacks: set[str]) -> str:

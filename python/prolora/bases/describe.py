@@ -128,7 +128,7 @@ def _describe_adm(base: NamedShapes) -> str:
 
 
 def explain_no_layer(base: Base, module: str) -> str:
-    """Says what a weight is that no program adds a LoRA's update to; "" for a layer's."""
+    """Describes what a weight is that no program adds a LoRA's update to; "" for a layer's."""
     family, weight = known_families().get(base.family or ""), base.weights[module]
     if not _is_layer(weight) and any(map(_is_layer, base.weights.values())):
         return "a parameter"  # in memory, layers may go by their modules' names
@@ -156,7 +156,7 @@ def _join_numbers(numbers: set[int]) -> str:
 def explain_other_shape(
     name: str, shape: tuple[int, ...], base: NamedShapes, asked: str = ""
 ) -> str | None:
-    """Says why an update does not fit the base's module; None if it does.
+    """Explains why an update does not fit the base's module; None if it does.
 
     `shape` is out × in of the update; `asked` stands at the end where no more is known of such a
     LoRA.

@@ -26,10 +26,10 @@ def fetch_model(id_: HubId, subfolder: str | None = None) -> Path:
     path = "/".join(filter(None, (id_.path, subfolder)))
     with ask_hub(id_.name) as hub:
         if hub.constants.HF_HUB_OFFLINE:
-            found = find_snapshot(hub, id_) / path
-            if not found.exists():
+            snapshot = find_snapshot(hub, id_) / path
+            if not snapshot.exists():
                 raise not_cached(id_.name)
-            return found
+            return snapshot
         return _download_model(hub, id_, path)
 
 

@@ -79,8 +79,8 @@ def digest_file(path: Path, folder: Path | None = None) -> str:
     flush_file(path)
     state = read_state(path)
     memory = open_memory(path, state, folder)
-    if known := memory.get(_WHOLE):
-        return str(known)
+    if recorded := memory.get(_WHOLE):
+        return str(recorded)
     digest = hash_file(path)
     if read_state(path) != state:
         raise UnsupportedFormat(f"{path}: was changed while it was in use; run again")
@@ -131,16 +131,16 @@ class Leaves:
 
     def digest(self, key: str) -> str:
         """Returns the digest of a tensor's bytes; reads them if it is not known."""
-        known = [self.recall(key)]
-        if known[0] is None:
-            self.file.read(key, lambda raw: known.insert(0, self._take(key, raw)))
-        return str(known[0])
+        digests = [self.recall(key)]
+        if digests[0] is None:
+            self.file.read(key, lambda raw: digests.insert(0, self._take(key, raw)))
+        return str(digests[0])
 
     def recall(self, key: str) -> str | None:
         """Returns the digest of a tensor, if it is known."""
         self._settle(key)
-        known = self._digests.get(key) or (self._memory and self._memory.get(f"tensor {key}"))
-        return known if isinstance(known, str) else None
+        recorded = self._digests.get(key) or (self._memory and self._memory.get(f"tensor {key}"))
+        return recorded if isinstance(recorded, str) else None
 
     def note(self, key: str) -> None:
         """Notes that work depends on a tensor, read or known."""

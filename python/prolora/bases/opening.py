@@ -158,10 +158,10 @@ def _open_path(source: str | os.PathLike[str], subfolder: str | None) -> Base:
     encoders, more = _open_text_encoders(path) if is_folder and not subfolder else ({}, [])
     leaves = _list_files(stored)
     metadata = _list_metadata(leaves)
-    found = name_weights(stored | encoders, str(path), metadata=metadata, strict=subfolder is None)
+    names = name_weights(stored | encoders, str(path), metadata=metadata, strict=subfolder is None)
     leaves += more
     files = [one.file.path for one in leaves]
-    return Base(name, *found, path, files or [path], tuple(leaves))
+    return Base(name, *names, path, files or [path], tuple(leaves))
 
 
 def _open_text_encoders(pipeline: Path) -> tuple[dict[str, Weight], list[Leaves]]:
@@ -176,10 +176,10 @@ def _open_text_encoders(pipeline: Path) -> tuple[dict[str, Weight], list[Leaves]
         if not folder.is_dir():
             continue
         try:
-            found = open_folder_weights(folder)
-            more = _list_files(found)
+            encoders = open_folder_weights(folder)
+            more = _list_files(encoders)
             # Before the names change, which notes in the header go by.
-            stored = join_quantised(found, _list_metadata(more), str(folder))
+            stored = join_quantised(encoders, _list_metadata(more), str(folder))
         except UnsupportedFormat as error:
             log.info("the text encoder %s is left out: %s", folder, error)
             continue

@@ -54,7 +54,7 @@ class GpuCopies:
 
 
 Reader = Callable[[], tuple[Item, Sequence[Tensor]]]
-"""Gives what to work on, and the stacks of weights that belong to it, on the CPU."""
+"""Yields what to work on, and the stacks of weights that belong to it, on the CPU."""
 
 
 def work_ahead(

@@ -26,7 +26,7 @@ MIN_COSINE = 0.9
 
 
 def explain_vae_difference(source: Path, target: Path) -> str | None:
-    """Says why the latents of two pipeline folders differ, from their configurations.
+    """Explains why the latents of two pipeline folders differ, from their configurations.
 
     A latent means something only to the VAE it belongs to: where the VAEs differ, one model's
     latents are noise to the other, and no question can be asked of both. None where nothing speaks
@@ -109,7 +109,7 @@ def _read_denoiser_config(folder: Path) -> dict[str, Any]:
 
 
 def explain_different_latents(source: Path, target: Path) -> str | None:
-    """Says why the latents of two pipeline folders differ; None for one space.
+    """Explains why the latents of two pipeline folders differ; None for one space.
 
     Raises:
         UnsupportedFormat: a VAE without readable safetensors.

@@ -38,7 +38,7 @@ def check(
     cache: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Check:
-    """Says what a file is, and whether it is for a base or a program.
+    """Reports what a file is, and whether it is for a base or a program.
 
     Headers and alphas are read; with `source` and `target` their weights are compared, too, and the
     result says what a transfer would. By
@@ -66,29 +66,29 @@ def check(
     """
     program = program.lower() if isinstance(program, str) else program
     if program is not None and program not in [*known_loaders()]:
-        known, meant = ", ".join(known_loaders()), suggest(str(program), known_loaders())
-        raise InvalidOption(f"`program` is one of {known}, not {program!r}{meant}")
+        programs, meant = ", ".join(known_loaders()), suggest(str(program), known_loaders())
+        raise InvalidOption(f"`program` is one of {programs}, not {program!r}{meant}")
     if (source is None) != (target is None):
         raise InvalidOption("give `source` and `target`, or `base`: a verdict takes two models")
     opened = open_lora(lora)
     with opened or nullcontext():
-        found = check_model(lora) if opened is None else check_tensors(opened, program, deep)
+        result = check_model(lora) if opened is None else check_tensors(opened, program, deep)
         if base is source is None:
-            return found
-        if opened is None or found.kind != "lora":
-            return replace(found, reason=found.reason or "a whole model; compare a LoRA with it")
+            return result
+        if opened is None or result.kind != "lora":
+            return replace(result, reason=result.reason or "a whole model; compare a LoRA with it")
         if base is not None:
-            found = replace(found, fit=_match_base(opened, base))
+            result = replace(result, fit=_match_base(opened, base))
         if source is not None and target is not None:
             from ..verbs.options import TransferOptions
 
             options = TransferOptions(cache=cache, progress=progress)
-            found = replace(found, move=_foresee(opened, source, target, options))
-    return found
+            result = replace(result, move=_preview_move(opened, source, target, options))
+    return result
 
 
 def _match_base(opened: Lora, base: ExpertsLike) -> BaseMatch:
-    """Says whether a LoRA is for a base or a family; of two experts the first decides."""
+    """Reports whether a LoRA is for a base or a family; of two experts the first decides."""
     from ..moving import base_fit
 
     if published := base_fit.find_published(base):
@@ -119,10 +119,10 @@ def _read_known_base(header: Lora) -> BaseShapes:
     return base
 
 
-def _foresee(
+def _preview_move(
     opened: Lora, source: BaseLike, target: BaseLike, options: TransferOptions
 ) -> Sentence:
-    """Says what a transfer between two bases would do."""
+    """Describes what a transfer between two bases would do."""
     from ..bases import open_base
     from ..moving.base_pair import BasePair
     from ..moving.lazy_bases import narrow_base

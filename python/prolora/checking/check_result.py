@@ -114,19 +114,19 @@ class Check:
         """Lists all that speaks for or against it; answers to what was asked come first."""
         if self.reason or self.kind == "unknown":
             return [("✖", self.reason.removeprefix(f"{self.path}: ") or _KINDS[self.kind])]
-        found = [(self.move.mark, self.move.headline)] if self.move else []
-        found += [(self.fit.mark, self.fit.sentence)] if self.fit else []
+        verdicts = [(self.move.mark, self.move.headline)] if self.move else []
+        verdicts += [(self.fit.mark, self.fit.sentence)] if self.fit else []
         if self.kind == "lora":
-            found += [self._judge_program()] if self.program else []
+            verdicts += [self._judge_program()] if self.program else []
             # A base that was compared decides, and another question than programs was asked.
             compared = self.move is not None or (self.fit is not None and bool(self.fit.modules))
-            found += [] if compared else [self._judge_place()]
-            known = bool(self.families) and not (compared or self.program)
-            found += [self._judge_readers()] if known else []
+            verdicts += [] if compared else [self._judge_place()]
+            is_identified = bool(self.families) and not (compared or self.program)
+            verdicts += [self._judge_readers()] if is_identified else []
         else:
             title = f"for {self._title}" if self._title else "of no known family"
-            found.append(("✔", f"a {_KINDS[self.kind]} {title}"))
-        return found + [(one.mark, one.text) for one in self.defects]
+            verdicts.append(("✔", f"a {_KINDS[self.kind]} {title}"))
+        return verdicts + [(one.mark, one.text) for one in self.defects]
 
     @property
     def _title(self) -> str:
@@ -193,41 +193,41 @@ class Check:
 
     def facts(self) -> list[tuple[str, str]]:
         """Returns what is known of the file, as names and texts."""
-        said = (*self.move.lines, *self.move.cautions) if self.move else ()
-        found = [("", line) for line in said]
+        sentences = (*self.move.lines, *self.move.cautions) if self.move else ()
+        rows = [("", line) for line in sentences]
         first = {self.headline, *(one.text for one in self.defects)}
-        found += [one for one in self.verdicts() if one[0] != "✔" and one[1] not in first]
+        rows += [one for one in self.verdicts() if one[0] != "✔" and one[1] not in first]
         for one in self.defects:
             if one.text != self.headline:
-                found.append((one.mark, str(one)))
+                rows.append((one.mark, str(one)))
             elif one.mend:
-                found.append(("mend", f"{one.mend}."))
-        found += [("file", Path(self.path).name), ("kind", self._tell_kind())]
-        found += [(part, str(numbers)) for part, numbers in self.parts.items()]
+                rows.append(("mend", f"{one.mend}."))
+        rows += [("file", Path(self.path).name), ("kind", self._describe_kind())]
+        rows += [(part, str(numbers)) for part, numbers in self.parts.items()]
         if len(self.families) > 1:
             titles = join_titles(map(find_title, self.families))
-            found.append(("for", f"{titles}: all have these modules; the base decides"))
+            rows.append(("for", f"{titles}: all have these modules; the base decides"))
         claimed = find_title(self.family_claimed) or self.family_claimed
         version = self.version_claimed or claimed
-        told = [self.base_model, version, self.base_hash and f"hash {self.base_hash[:16]}"]
-        if any(told):
-            found.append(("its metadata says", ", ".join(dict.fromkeys(filter(None, told)))))
+        origins = [self.base_model, version, self.base_hash and f"hash {self.base_hash[:16]}"]
+        if any(origins):
+            rows.append(("its metadata says", ", ".join(dict.fromkeys(filter(None, origins)))))
         if self.experts:
-            found.append(("experts", "{} for high noise, {} for low noise".format(*self.experts)))
+            rows.append(("experts", "{} for high noise, {} for low noise".format(*self.experts)))
         if self.moves:
-            found.append(("moved before", describe_moves(self.moves)))
+            rows.append(("moved before", describe_moves(self.moves)))
         if str(self.readers):
-            found.append(("programs", str(self.readers)))
+            rows.append(("programs", str(self.readers)))
         if self.vectors:
-            found.append(("also", f"trained {write_counts(self.vectors)}"))
-        found += [("stays behind", f"{number} × {why}") for why, number in self.left_out.items()]
+            rows.append(("also", f"trained {write_counts(self.vectors)}"))
+        rows += [("stays behind", f"{number} × {why}") for why, number in self.left_out.items()]
         if self.quantised:
-            found.append(("quantised", self.quantised))
+            rows.append(("quantised", self.quantised))
         if self.trigger_words:
-            found.append(("trigger words", ", ".join(self.trigger_words)))
-        return found
+            rows.append(("trigger words", ", ".join(self.trigger_words)))
+        return rows
 
-    def _tell_kind(self) -> str:
+    def _describe_kind(self) -> str:
         words = [self.format, "authors' names" if self.spelling == "sgm" else ""]
         words += ["needs the base's weights" if self.needs_base else ""]
         count = "1 tensor" if self.tensors == 1 else f"{self.tensors} tensors"
@@ -236,13 +236,13 @@ class Check:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns everything, ready for JSON."""
-        told = asdict(self) | {"readers": self.readers._asdict(), "family": self.family}
-        told["fit"] = self.fit and self.fit.to_dict()
-        return told | {"mark": self.mark, "headline": self.headline, "ok": bool(self)}
+        values = asdict(self) | {"readers": self.readers._asdict(), "family": self.family}
+        values["fit"] = self.fit and self.fit.to_dict()
+        return values | {"mark": self.mark, "headline": self.headline, "ok": bool(self)}
 
 
 def explain_differences(loras: Mapping[str, Check]) -> str:
-    """Says which LoRAs are for different models or bases; "" if none is."""
+    """Reports which LoRAs are for different models or bases; "" if none is."""
     sure = {name: one for name, one in loras.items() if one.families}
     if sure and not set.intersection(*({*one.families} for one in sure.values())):
         firsts = {one._title: name for name, one in reversed(sure.items())}

@@ -45,8 +45,8 @@ class Defect:
 def find_defects(contents: Contents, opened: Lora, program: str | None = None) -> list[Defect]:
     """Finds what header and alphas show; `program` is a key of `known_loaders()`."""
     alphas = Alphas.of(contents.slots, opened)
-    found = [_find_unread(contents), _find_lost(alphas), _find_zero(alphas, program)]
-    return [defect for defect in (*found, _find_odd(alphas)) if defect]
+    defects = [_find_unread(contents), _find_lost(alphas), _find_zero(alphas, program)]
+    return [defect for defect in (*defects, _find_odd(alphas)) if defect]
 
 
 def _find_unread(contents: Contents) -> Defect | None:
@@ -67,12 +67,12 @@ def _find_lost(alphas: Alphas) -> Defect | None:
             ranks[trained] = max(ranks.get(trained, 0), slot.form.rank)
     factors = {rank / trained for trained, rank in ranks.items()} - {1.0}
     if factors:
-        factor, known = max(factors), {alphas.find_trained(slot) for slot in alphas.slots}
+        factor, trained_at = max(factors), {alphas.find_trained(slot) for slot in alphas.slots}
         every = len(lost) == len(alphas.slots)
         what = "alpha is" if every else f"{len(lost)} of {len(alphas.slots)} alphas are"
         named = " and ".join(f"{alpha:g}" for alpha in ranks)
         text = f"It acts {factor:.3g}× as strongly as it was trained: {what} missing, and its "
-        mend = f"`convert()` it with `alpha={known.pop():g}`" if len(known) == 1 else ""
+        mend = f"`convert()` it with `alpha={trained_at.pop():g}`" if len(trained_at) == 1 else ""
         if (
             every
             and len(ranks) == len(factors) == 1
@@ -112,7 +112,7 @@ def _find_odd(alphas: Alphas) -> Defect | None:
         alpha: rank
         for alpha, rank in largest.items()
         if not WEAKEST <= abs(alpha) / rank <= STRONGEST
-        and not any(isclose(alpha, known, rel_tol=1e-2) for known in usual)
+        and not any(isclose(alpha, value, rel_tol=1e-2) for value in usual)
     }
     if not odd:
         return None
@@ -138,21 +138,21 @@ def find_deep_defects(
     """Finds what all numbers show: NaN, zeros, overflows and outliers; reads every tensor."""
     from ..adapters.measuring import measure_numbers
 
-    numbers, found = measure_numbers(contents, scales, opened), []
+    numbers, defects = measure_numbers(contents, scales, opened), []
     if broken := numbers.broken:
         mend = "download it again; if it stays so, its training diverged"
         what = "1 tensor holds" if len(broken) == 1 else f"{len(broken)} tensors hold"
-        found.append(Defect("✖", f"{what} NaN or Inf, {broken[0]} the first.", mend))
+        defects.append(Defect("✖", f"{what} NaN or Inf, {broken[0]} the first.", mend))
     if over := numbers.over:
         what = "1 update" if len(over) == 1 else f"{len(over)} updates"
         text = f"{what} may overflow float16, {over[0]} the first."
-        found.append(Defect("⚠", text, "draw in bfloat16"))
+        defects.append(Defect("⚠", text, "draw in bfloat16"))
     acting = {name: size for name, size in numbers.sizes.items() if size}
     usual = median(acting.values()) if acting else 0.0
     if huge := [name for name, size in acting.items() if size > OUTLIER * usual]:
         what = "1 update is" if len(huge) == 1 else f"{len(huge)} updates are"
         text = f"{what} more than {OUTLIER:.0f} times larger than the others: {huge[0]}."
-        found.append(Defect("⚠", text, "download it again"))
+        defects.append(Defect("⚠", text, "download it again"))
     if numbers.sizes and not (acting or numbers.vectors_act or broken):
-        found.append(Defect("⚠", "This LoRA changes nothing: it is zero."))
-    return found
+        defects.append(Defect("⚠", "This LoRA changes nothing: it is zero."))
+    return defects

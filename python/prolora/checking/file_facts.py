@@ -39,7 +39,7 @@ _TOP_TAGS = 10
 
 
 def check_tensors(opened: Lora, program: str | None = None, deep: bool = False) -> Check:
-    """Says what a file of tensors is: a LoRA, or a base model, or neither.
+    """Reports what a file of tensors is: a LoRA, or a base model, or neither.
 
     `program` is a key of `known_loaders()`; `deep` reads every tensor.
     """
@@ -49,7 +49,7 @@ def check_tensors(opened: Lora, program: str | None = None, deep: bool = False) 
     hashes = map(metadata.get, ("ss_new_sd_model_hash", "ss_sd_model_hash"))
     words = read_training_words(metadata)
     tags = [tag for tag in words.list_tags(_TOP_TAGS) if tag != words.trigger]
-    found = Check(
+    result = Check(
         path=opened.where,
         kind="lora",
         dtypes=count_values(spell_dtype(x.dtype) for x in opened.tensors.values()),
@@ -68,10 +68,10 @@ def check_tensors(opened: Lora, program: str | None = None, deep: bool = False) 
         contents = parse_contents(opened)
         scales = {slot.module.name: read_scale(slot, opened) for slot in contents.slots}
     except ProLoRAError as error:
-        return _describe_refused(opened, found, str(error))
+        return _describe_refused(opened, result, str(error))
     defects = find_defects(contents, opened, program)
     defects += find_deep_defects(contents, scales, opened) if deep else []
-    described = _describe_contents(opened, contents, scales, found, program)
+    described = _describe_contents(opened, contents, scales, result, program)
     return replace(described, defects=tuple(defects))
 
 
@@ -79,7 +79,7 @@ def _describe_contents(
     opened: Lora,
     contents: Contents,
     scales: Mapping[str, float],
-    found: Check,
+    result: Check,
     program: str | None,
 ) -> Check:
     """Describes a LoRA that is read."""
@@ -97,7 +97,7 @@ def _describe_contents(
     language = not families and is_language_model(shapes)
     by_part = group_by(slots, lambda slot: find_component(slot.module.name))
     return replace(
-        found,
+        result,
         reason="it is a language model's, and prolora takes diffusion models alone" * language,
         format=format,
         spelling="sgm" if any(path.sgm for path in paths) else "diffusers",
@@ -139,7 +139,7 @@ def _read_alpha(slot: Slot, opened: Lora) -> str:
     return "none" if key is None else f"{opened.read_number(key):g}"
 
 
-def _describe_refused(opened: Lora, found: Check, reason: str) -> Check:
+def _describe_refused(opened: Lora, result: Check, reason: str) -> Check:
     """Describes a file that is not read as a LoRA.
 
     A base, an adapter of another kind, or neither.
@@ -147,22 +147,22 @@ def _describe_refused(opened: Lora, found: Check, reason: str) -> Check:
     is_adapter = any(map(tensor_keys.is_of_adapter, opened.tensors))
     if any(map(tensor_keys.is_base_weight, opened.tensors)) and opened.path is not None:
         try:
-            return replace(check_model(opened.path), path=found.path, size=found.size)
+            return replace(check_model(opened.path), path=result.path, size=result.size)
         except ProLoRAError as error:
             if not is_adapter:
-                return replace(found, kind="base", reason=str(error))
+                return replace(result, kind="base", reason=str(error))
         except ModuleNotFoundError as error:
             if error.name != "torch":
                 raise
-            return _name_by_header(opened, found)
-    return replace(found, kind="lora" if is_adapter else "unknown", reason=reason)
+            return _name_by_header(opened, result)
+    return replace(result, kind="lora" if is_adapter else "unknown", reason=reason)
 
 
-def _name_by_header(opened: Lora, found: Check) -> Check:
+def _name_by_header(opened: Lora, result: Check) -> Check:
     """Recognises a base model by names and shapes, where torch is missing."""
     base, dtypes = read_base_shapes(opened)
     return Check(
-        path=found.path,
+        path=result.path,
         kind="base",
         format="single-file",
         families=base.model.families,
@@ -170,7 +170,7 @@ def _name_by_header(opened: Lora, found: Check) -> Check:
         modules=count_values(map(find_component, base.shapes)),
         dtypes=count_values(dtypes),
         tensors=len(base.shapes),
-        size=found.size,
+        size=result.size,
     )
 
 
@@ -198,7 +198,7 @@ def read_base_shapes(opened: Lora) -> tuple[BaseShapes, list[str]]:
 
 
 def check_model(path: Any) -> Check:
-    """Says what a base model is that `transfer` would open."""
+    """Describes what a base model is that `transfer` would open."""
     from ..bases import open_base
     from ..bases.folder import find_expert_folders
 

@@ -59,28 +59,28 @@ def check(
     for file in files:
         try:
             with progress_bar("check", asked["target"] is not None and not as_json) as progress:
-                found = check_file(file, **asked, progress=progress)
+                result = check_file(file, **asked, progress=progress)
         except HANDLED as error:
             if len(files) == 1 or isinstance(error, InvalidOption):
                 raise
             text = f"✖ {describe_error(error)[0].removeprefix(f'{spell_path(file)}: ')}"
-            known = error if isinstance(error, ProLoRAError) else ProLoRAError(str(error))
-            records.append({"path": spell_path(file), "error": known.to_dict()})
+            refusal = error if isinstance(error, ProLoRAError) else ProLoRAError(str(error))
+            records.append({"path": spell_path(file), "error": refusal.to_dict()})
             style, code = MARKS["✖"], find_exit_code(error)
         else:
-            records.append(found.to_dict())
-            loras |= {file.name: found} if found.kind == "lora" else {}
-            text, style = f"{found.mark} {found.headline}", MARKS[found.mark]
-            if found.reason:
+            records.append(result.to_dict())
+            loras |= {file.name: result} if result.kind == "lora" else {}
+            text, style = f"{result.mark} {result.headline}", MARKS[result.mark]
+            if result.reason:
                 code = ExitCode.REFUSED
-            code = code if found or code else ExitCode.NOT_FOR_IT
+            code = code if result or code else ExitCode.NOT_FOR_IT
         if not as_json:
             start = f"{file.name}: " if len(files) > 1 else ""
             out.print_line(f"{start}{text}", style=style)
             if len(files) == 1:
-                out.print(draw_facts(found.facts()))
+                out.print(draw_facts(result.facts()))
     if as_json:
-        answer.give(records[0] if len(records) == 1 else records)
+        answer.write(records[0] if len(records) == 1 else records)
     elif len(files) > 1:
         good = sum(record.get("ok") is True for record in records)
         out.print_line(f"{good} of {len(files)} files are as asked")

@@ -64,10 +64,10 @@ def make_printable(text: str, encoding: str = "utf-8") -> str:
     try:
         plain.encode(encoding)
     except UnicodeEncodeError:
-        known = "".join(
+        printable = "".join(
             _SUBSTITUTES.get(c, c) if c.encode(encoding, "ignore") == b"" else c for c in plain
         )
-        return known.encode(encoding, "replace").decode(encoding)
+        return printable.encode(encoding, "replace").decode(encoding)
     return plain
 
 
@@ -118,17 +118,17 @@ class JsonAnswer:
         """Forgets what the command before this one printed."""
         self._given = False
 
-    def give(self, content: object) -> None:
+    def write(self, content: object) -> None:
         """Prints what a command found."""
         self._given = True
         print(json.dumps(content, indent=1))
 
-    def give_error(self, error: BaseException) -> None:
+    def write_error(self, error: BaseException) -> None:
         """Prints why a command failed, if it was asked for JSON and has printed none."""
         # Reads the words themselves, since the command line may be what is refused.
         words = itertools.takewhile(lambda word: word != "--", sys.argv[1:])
         if isinstance(error, ProLoRAError) and "--json" in words and not self._given:
-            self.give({"error": error.to_dict()})
+            self.write({"error": error.to_dict()})
 
 
 answer = JsonAnswer()
@@ -159,7 +159,7 @@ def prepare_streams() -> None:
 _LORAS = re.compile(r"LoRA (\d+) of (\d+): ")
 
 
-def weigh_stages(show: ShowProgress, stages: Mapping[str, float]) -> ShowProgress:
+def weight_stages(show: ShowProgress, stages: Mapping[str, float]) -> ShowProgress:
     """Maps the stages of a job to one bar, which never goes back.
 
     `stages` is how the names of a stage begin -> its share of the time, in their order; "" has all
@@ -169,9 +169,9 @@ def weigh_stages(show: ShowProgress, stages: Mapping[str, float]) -> ShowProgres
 
     def update(done: int, total: int, name: str) -> None:
         nonlocal reached
-        told = _LORAS.match(name)
-        this, count = (int(told[1]), int(told[2])) if told else (1, 1)
-        what = name[told.end() if told else 0 :]
+        counted = _LORAS.match(name)
+        this, count = (int(counted[1]), int(counted[2])) if counted else (1, 1)
+        what = name[counted.end() if counted else 0 :]
         words = [*stages]
         at = next((i for i, word in enumerate(words) if word and what.startswith(word)), None)
         at = words.index("") if at is None else at

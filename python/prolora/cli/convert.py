@@ -12,7 +12,7 @@ from ..making.convert import convert as convert_lora
 from .console import progress_bar
 from .flags import base_argument, base_option, path_argument
 from .options import OutputFlags, expand_options
-from .transfer import check_output_given, check_outputs, tell_made_lora
+from .transfer import check_output_given, check_outputs, print_made_lora
 
 
 @expand_options("dry_run", "card")
@@ -33,4 +33,4 @@ def convert(
     with progress_bar("convert", output.show_tables) as progress:
         options = replace(converting, progress=progress)
         report = convert_lora(lora, model, options, out=output.output).report
-    tell_made_lora(lora, report, output, converting.overwrite)
+    print_made_lora(lora, report, output, converting.overwrite)

@@ -56,9 +56,9 @@ class Demo:
         targets = {path.parent.name: path.parent for path in models.glob("*/model_index.json")}
         source = targets.pop("source")
         files = {path.stem: path for path in models.glob("loras/*.safetensors")}
-        for what, name, known in (("target", target, targets), ("LoRA", lora, files)):
-            if name not in known:
-                choices = ", ".join(sorted(known))
+        for what, name, names in (("target", target, targets), ("LoRA", lora, files)):
+            if name not in names:
+                choices = ", ".join(sorted(names))
                 raise ProLoRAError(f"unknown demo {what} {name!r}: choose from {choices}")
         moved = output / f"{lora}-on-{target}.safetensors"
         return cls(files[lora], source, targets[target], moved)

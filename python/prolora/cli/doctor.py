@@ -37,7 +37,7 @@ def doctor(as_json: JsonOption = False) -> None:
         free, total = torch.cuda.mem_get_info()
         facts["GPU memory"] = f"{format_size(free)} free of {format_size(total)}"
     if as_json:
-        return answer.give(facts)
+        return answer.write(facts)
     where = "A GPU will compute" if on_gpu else f"No GPU: computing on {os.cpu_count()} cores"
     verdict = "✔ LoRAs can be moved here, in part more slowly: no extension is compiled."
     compiled = str(kernels.get("compiled extension", "no"))
@@ -45,10 +45,10 @@ def doctor(as_json: JsonOption = False) -> None:
         verdict = "✔ Everything that moving LoRAs needs is here."
     out.print(f"{verdict} {where}.", style="bold")
     spelled = {True: "yes", False: "no"}
-    told = [(n, spelled[x] if isinstance(x, bool) else str(x)) for n, x in facts.items()]
+    rows = [(n, spelled[x] if isinstance(x, bool) else str(x)) for n, x in facts.items()]
     why = compiled.removeprefix("no")  # once is enough
-    told = [(n, x.replace(why, "") if why and n.startswith("op ") else x) for n, x in told]
-    return out.print(draw_facts(told))
+    rows = [(n, x.replace(why, "") if why and n.startswith("op ") else x) for n, x in rows]
+    return out.print(draw_facts(rows))
 
 
 def describe_driver(seen: bool) -> str:

@@ -13,7 +13,7 @@ from ..making.extract_options import ExtractOptions
 from .console import progress_bar
 from .flags import base_argument, base_option
 from .options import OutputFlags, expand_options
-from .transfer import check_output_given, check_outputs, tell_made_lora
+from .transfer import check_output_given, check_outputs, print_made_lora
 
 
 @expand_options("max_memory", "card")
@@ -40,4 +40,4 @@ def extract(
         options = replace(extracting, progress=progress)
         out, dry_run = output.output, output.dry_run
         report = extract_lora(old, new, options, out=out, dry_run=dry_run).report
-    tell_made_lora(Path(tuned), report, output, extracting.overwrite)
+    print_made_lora(Path(tuned), report, output, extracting.overwrite)

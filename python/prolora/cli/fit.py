@@ -27,7 +27,7 @@ from .options import (
     find_cache,
     take_bases,
 )
-from .transfer import LoraArguments, check_output_given, check_outputs, plan_each, tell_outcomes
+from .transfer import LoraArguments, check_output_given, check_outputs, plan_each, print_outcomes
 
 SHOWN = 4
 """Prompts of which a page shows images."""
@@ -86,7 +86,7 @@ def fit(
     )
     run = plan_fits if output.dry_run else fit_loras
     outcomes = run(loras, source, target, output, options)
-    tell_outcomes(outcomes, output, card, fitting.overwrite)
+    print_outcomes(outcomes, output, card, fitting.overwrite)
 
 
 def read_prompt(text: str) -> tuple[str, ...]:
@@ -98,10 +98,10 @@ def plan_fits(
     loras: list[Path], source: Base, target: Base, output: OutputFlags, options: FitOptions
 ) -> list[Outcome]:
     """Plans each fit."""
-    known = options.for_file()
+    options_of_file = options.for_file()
 
     def plan(i: int, _: Path, __: Progress | None) -> Transfer:
-        return fit_lora(loras[i], source, target, known, dry_run=True)
+        return fit_lora(loras[i], source, target, options_of_file, dry_run=True)
 
     return plan_each(loras, loras, plan, output)
 

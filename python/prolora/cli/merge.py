@@ -23,8 +23,8 @@ from .transfer import (
     LoraArguments,
     check_output_given,
     check_outputs,
+    print_made_lora,
     spell_flags,
-    tell_made_lora,
 )
 
 
@@ -73,7 +73,7 @@ def merge(
     with progress_bar("merge", output.show_tables) as progress:
         options = replace(merging, progress=progress)
         report = merge_loras(loras, target, options, out=output.output).report
-    tell_made_lora(loras[0], report, output, merging.overwrite)
+    print_made_lora(loras[0], report, output, merging.overwrite)
 
 
 def bake_all(
@@ -86,10 +86,10 @@ def bake_all(
         check_free(output.report, overwrite=merging.overwrite)
     with progress_bar("bake", output.show_tables) as progress:
         options = replace(merging, progress=progress)
-        made = cast(str, bases.into), cast(Path, output.output)
-        report = bake(loras, *made, options, stochastic=bases.stochastic)
+        folder = cast(str, bases.into), cast(Path, output.output)
+        report = bake(loras, *folder, options, stochastic=bases.stochastic)
     if not output.show_tables:
-        answer.give(report.to_dict())
+        answer.write(report.to_dict())
     else:
         show_words(out, report.in_words())
     if output.report not in (None, STDOUT):

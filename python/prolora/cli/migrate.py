@@ -84,15 +84,15 @@ def migrate(
     with progress_bar("migrate", not work.as_json) as progress:
         options = replace(find_cache(moving, not work.dry_run), progress=progress)
         how: Any = {name: getattr(work, name) for name in ("ray", "shard", "dry_run")}
-        found = run_migration(loras, source, target, work.output or "", options, **how)
-    refused = [moved for moved in found if moved.status == "refused"]
+        result = run_migration(loras, source, target, work.output or "", options, **how)
+    refused = [moved for moved in result if moved.status == "refused"]
     if work.as_json:
-        answer.give([asdict(moved) for moved in found])
+        answer.write([asdict(moved) for moved in result])
     else:
-        counts = Counter((moved.target, moved.status) for moved in found)
+        counts = Counter((moved.target, moved.status) for moved in result)
         for (target, status), count in sorted(counts.items()):
             out.print_line(f"{target}: {count} {status}")
-        there = [moved for moved in found if moved.status in ("moved", "already there")]
+        there = [moved for moved in result if moved.status in ("moved", "already there")]
         for folder, group in group_by(there, lambda moved: os.path.dirname(moved.out)).items():
             verdicts = [read_words(one) for one in group]
             out.print_line(summarise(f"{folder}{os.sep}", verdicts), style="bold")
@@ -101,5 +101,5 @@ def migrate(
         err.print_line(f"{len(group)} refused, as {group[0].lora}: {reason}", style="yellow")
     if refused:
         sys.exit(ExitCode.REFUSED)
-    if any(moved.unread for moved in found):
+    if any(moved.unread for moved in result):
         sys.exit(ExitCode.INCOMPLETE)

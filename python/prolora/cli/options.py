@@ -221,7 +221,7 @@ class BriefCommand(TyperCommand):
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Writes the help; the short one has few options, in a sentence each."""
         options: list[Any] = [p for p in self.params if isinstance(p, TyperOption)]
-        told = [(option, option.hidden, option.help) for option in options]
+        before = [(option, option.hidden, option.help) for option in options]
         basic = self.first.split()
         if not ctx.meta.get(_HELP_ALL):
             for option in options:
@@ -230,12 +230,12 @@ class BriefCommand(TyperCommand):
         try:
             super().format_help(ctx, formatter)
         finally:
-            for option, hidden, text in told:
+            for option, hidden, text in before:
                 option.hidden, option.help = hidden, text
 
 
 def expand_options(*without: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Gives a command a parameter for each field of the dataclasses it takes.
+    """Adds a parameter to a command for each field of the dataclasses it takes.
 
     typer makes an option of each parameter. A dataclass's `panel` heads its options in the help;
     `without` are fields that keep their defaults.
@@ -273,10 +273,10 @@ def expand_options(*without: str) -> Callable[[Callable[..., None]], Callable[..
 def _list_parameters(kind: Any) -> list[inspect.Parameter]:
     """Lists the fields of a dataclass as keyword parameters; its own come before shared ones."""
     hints = typing.get_type_hints(kind, include_extras=True)
-    known = {field.name: field for field in dataclasses.fields(kind)}
+    by_name = {field.name: field for field in dataclasses.fields(kind)}
     names = [name for base in kind.__mro__ for name in inspect.get_annotations(base)]
     parameters = []
-    for field in (known[name] for name in dict.fromkeys(names) if name in known):
+    for field in (by_name[name] for name in dict.fromkeys(names) if name in by_name):
         if "shown" in field.metadata:
             parameters += _derive_parameter(field, hints[field.name])
             continue

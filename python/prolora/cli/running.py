@@ -75,7 +75,7 @@ def run() -> None:
         sys.exit(ExitCode.REFUSED)
     except HANDLED as error:
         log.debug("the error in full", exc_info=error)
-        answer.give_error(error)
+        answer.write_error(error)
         print_error(*describe_error(error))
         sys.exit(find_exit_code(error))
     if code == ExitCode.INTERRUPTED:

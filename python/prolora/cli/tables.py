@@ -19,7 +19,7 @@ TONES = {"total": "bold", "warn": "yellow", "faint": "dim", "": None}
 
 
 def draw_table(table: Table) -> RichTable:
-    """Draws a table in the house style, for 80 columns."""
+    """Makes rich's table in the house style, for 80 columns."""
     drawn = RichTable(
         title=table.title or None,
         title_justify="left",
@@ -41,7 +41,7 @@ def draw_table(table: Table) -> RichTable:
 
 
 def draw_facts(facts: Iterable[tuple[str, str]]) -> RichTable:
-    """Draws names with texts, one a line."""
+    """Makes a table of names with texts, one a line."""
     drawn = RichTable.grid(padding=(0, 2, 0, 0))
     drawn.add_column(style="bold", no_wrap=True)
     drawn.add_column(overflow="fold")

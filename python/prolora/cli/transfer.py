@@ -27,7 +27,7 @@ from ..verbs.batch import run_each
 from ..verbs.options import FormatLike, TransferOptions
 from ..verbs.output_paths import check_results_folder, is_peft_folder
 from ..verbs.result import Transfer
-from .console import answer, err, out, progress_bar, weigh_stages
+from .console import answer, err, out, progress_bar, weight_stages
 from .exits import IncompleteResult, describe_error
 from .flags import path_argument, write_flag
 from .options import (
@@ -79,7 +79,7 @@ def transfer(
     options = find_cache(moving, takes_default=not output.dry_run)
     run = plan_all if output.dry_run else move_loras
     outcomes = run(loras, source, target, output, options)
-    tell_outcomes(outcomes, output, card, moving.overwrite)
+    print_outcomes(outcomes, output, card, moving.overwrite)
 
 
 def check_output_given(output: OutputFlags, loras: Sequence[Path] = ()) -> None:
@@ -118,7 +118,7 @@ def check_outputs(
     return check_card(path, in_folder, options.overwrite)
 
 
-def tell_outcomes(
+def print_outcomes(
     outcomes: list[Outcome],
     output: OutputFlags,
     card: Path | None,
@@ -140,13 +140,13 @@ def tell_outcomes(
     check_outcomes(outcomes)
 
 
-def tell_made_lora(
+def print_made_lora(
     made_of: Path, report: LoraReport, output: OutputFlags, overwrite: bool = False
 ) -> None:
-    """Tells the outcome of one LoRA that was made without being moved."""
+    """Reports the outcome of one LoRA that was made without being moved."""
     out = made_of if output.output is None else output.output
     outcome = Outcome(made_of, out, report, planned=output.dry_run)
-    tell_outcomes([outcome], output, None, overwrite)
+    print_outcomes([outcome], output, None, overwrite)
 
 
 def plan_all(
@@ -163,8 +163,8 @@ def plan_all(
 
     def plan(i: int, _: Path, progress: Progress | None) -> Transfer:
         lora, pair = moves[i][:2]
-        known = replace(options.for_file(), progress=progress)
-        return transfer_lora(lora, pair.source, pair.target, known, dry_run=True)
+        options_of_file = replace(options.for_file(), progress=progress)
+        return transfer_lora(lora, pair.source, pair.target, options_of_file, dry_run=True)
 
     return plan_each([lora for lora, _, _ in moves], outs, plan, output)
 
@@ -193,7 +193,7 @@ def move_loras(
     """Moves one LoRA into files, one per expert, or several into a folder."""
     path, outcomes = cast(Path, output.output), []
     with progress_bar("transfer", output.show_tables) as progress:
-        weighed = weigh_stages(progress, STAGES[options.method == "prolora"])
+        weighed = weight_stages(progress, STAGES[options.method == "prolora"])
         options = replace(options, progress=weighed)
         if len(loras) > 1 or (path.is_dir() and options.format != "peft"):
             return transfer_many(loras, source, target, path, options)
@@ -210,13 +210,13 @@ def write_outcomes(outcomes: list[Outcome], output: OutputFlags, overwrite: bool
     as_page = path is not None and is_page_path(path)
     if not output.show_tables or not (path is None or as_page):
         records = [outcome.to_dict() for outcome in outcomes]
-        told = records[0] if len(records) == 1 else records
+        document = records[0] if len(records) == 1 else records
     if not output.show_tables:
-        answer.give(told)
+        answer.write(document)
     if path and not overwrite and is_report_of(path, [outcome.out for outcome in outcomes]):
         return  # of a run that was killed at its end; its numbers are nowhere else
     if path is not None:
-        text = render_outcomes(outcomes) if as_page else json.dumps(told, indent=1) + "\n"
+        text = render_outcomes(outcomes) if as_page else json.dumps(document, indent=1) + "\n"
         put_text(path, text, overwrite=overwrite)
 
 
@@ -225,8 +225,8 @@ def render_outcomes(outcomes: list[Outcome]) -> str:
     first, facts = outcomes[0], {"command": read_command()}
     report = first.report if len(outcomes) == 1 else None
     if report is not None:
-        known = {"LoRA": first.lora.name}  # without the folder, which is private
-        facts = known | ({} if first.planned else {"written to": first.out.name}) | facts
+        titles = {"LoRA": first.lora.name}  # without the folder, which is private
+        facts = titles | ({} if first.planned else {"written to": first.out.name}) | facts
     return (report or OutcomesReport(outcomes)).to_html(facts, spell_flags)
 
 
@@ -280,15 +280,15 @@ def show_outcomes(outcomes: list[Outcome], output: OutputFlags) -> None:
         show_report(report)
         if not report.dry_run:
             out.print_line(f"wrote {outcomes[0].out}")
-            readers = tell_readers(check(outcomes[0].out).readers)
+            readers = describe_readers(check(outcomes[0].out).readers)
             if readers:
                 out.print_line(readers)
             if output.report is None:
                 out.print("--report FILE.html has the numbers behind this.", style="dim")
 
 
-def tell_readers(readers: Readers) -> str:
-    """Tells who reads a file whole, in part, or not at all; many of the last are only counted."""
+def describe_readers(readers: Readers) -> str:
+    """Reports who reads a file whole, in part, or not at all; many of the last are only counted."""
     none = readers.none
     if len(none) > MOST_NAMED:
         none = (*none[: MOST_NAMED - 1], f"{len(none) - MOST_NAMED + 1} others")

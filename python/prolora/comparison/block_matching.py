@@ -31,7 +31,7 @@ from ..core.validation import DeviceLike, resolve_device
 from ..errors import NonFiniteWeights, UnsupportedFormat
 from ..files.sizes import parse_limit
 from .assignment import monotone_assignment
-from .module_map import AUTO_MATCH, BlockDecision, Match, Matching, do_names_tell
+from .module_map import AUTO_MATCH, BlockDecision, Match, Matching, are_names_clear
 from .transformer_blocks import Block, BlockGroup, group_blocks, list_blocks
 
 # Columns compared: 1/8 of the short side, and no more than that is in SDXL. Drift reaches leading
@@ -164,7 +164,7 @@ def preview_match(match: Match, source: Base, target: Base) -> Match:
 
 def _takes_weights(match: Match, source: Base, target: Base) -> bool:
     """Returns whether weights alone tell which blocks belong together."""
-    unknown = match == AUTO_MATCH and not do_names_tell(source, target)
+    unknown = match == AUTO_MATCH and not are_names_clear(source, target)
     return isinstance(match, str) and (match == "similarity" or unknown)
 
 
@@ -197,15 +197,15 @@ def _find_room(groups: list[BlockGroup], limit: int | None, device: DeviceLike) 
         TooLittleMemory: not even one weight.
     """
     shapes: set[tuple[int, int]] = set()
-    held = 0
+    size = 0
     for sources, targets in groups:
         for module in _choose_evidence(sources[0], targets[0]):
             shape = sources[0].shapes[module]
             shapes.add(shape)
-            held = max(held, (len(sources) + len(targets)) * 4 * sum(shape) * _choose_rank(shape))
+            size = max(size, (len(sources) + len(targets)) * 4 * sum(shape) * _choose_rank(shape))
     memory = Memory(limit, max(map(_choose_rank, shapes)), device)
-    memory.check(shapes, "bases", held)
-    return memory.room(held)
+    memory.check(shapes, "bases", size)
+    return memory.room(size)
 
 
 def _report_steps(

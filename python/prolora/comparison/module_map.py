@@ -121,20 +121,20 @@ such a mapping, or a `Matching`. Where only weights tell, `block_matching.resolv
 AUTO_MATCH = "auto"
 
 
-class NamesDoNotTell(UnsupportedFormat):
+class AmbiguousNames(UnsupportedFormat):
     """Equal names need not be equal blocks: only weights, or a map, tell which belong together."""
 
-    code = "names-do-not-tell"
+    code = "ambiguous-names"
 
 
-def do_names_tell(source: Base, target: Base) -> bool:
+def are_names_clear(source: Base, target: Base) -> bool:
     """Returns whether names say which blocks belong together.
 
     Two bases without any partners count too.
     """
     try:
         _partners_by_name(source, target)
-    except NamesDoNotTell:
+    except AmbiguousNames:
         return False
     except UnsupportedFormat:
         return True
@@ -215,7 +215,7 @@ def _refuse_other_depth(source: Base, target: Base) -> None:
     sources, targets = _list_block_numbers(source), _list_block_numbers(target)
     for stack in sources.keys() & targets.keys():
         if sources[stack] != targets[stack]:
-            raise NamesDoNotTell(
+            raise AmbiguousNames(
                 f"{stack} has {len(sources[stack])} blocks in {source.name} and "
                 f"{len(targets[stack])} in {target.name}, so names cannot tell which block "
                 'is which; match "similarity" recognises them by their weights'
@@ -246,7 +246,7 @@ def _refuse_unrelated(source: Base, target: Base) -> NoReturn:
             "Next: `fit()` carries it over where both can run as whole pipelines"
         )
     what = f"{source.name} is {describe_base(source)}, {target.name} is {describe_base(target)}"
-    raise NamesDoNotTell(
+    raise AmbiguousNames(
         f"{what}: nothing is known about which of their blocks belong together, and equal names "
         'need not be equal modules; match "similarity" recognises blocks by their weights'
     )

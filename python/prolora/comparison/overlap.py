@@ -52,15 +52,15 @@ def align_bases(
         notes: the table of the two base models (`BasisCache.pairs`); what is computed goes there.
     """
     keys = [None if None in pair else " ".join((KEY_PREFIX, *map(str, pair))) for pair in names]
-    known = [_check_row(notes.get(key)) if key else None for key in keys]
-    missing = [i for i, row in enumerate(known) if row is None]
+    recalled = [_check_row(notes.get(key)) if key else None for key in keys]
+    missing = [i for i, row in enumerate(recalled) if row is None]
     if missing:
         computed = _compute_rows(source.take(missing), target.take(missing))
         for i, row in zip(missing, computed, strict=True):
             if key := keys[i]:
                 notes.put(key, row)
-            known[i] = row
-    rows = [row for row in known if row is not None]
+            recalled[i] = row
+    rows = [row for row in recalled if row is not None]
     columns = torch.tensor(rows, dtype=torch.float64, device=source.U.device)[:, :OVERLAPS]
     return Alignment(
         Similarity(*columns.unbind(1)),

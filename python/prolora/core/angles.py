@@ -67,13 +67,13 @@ def angles_by_cholesky(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns the angles [b, q], and bool [b], True for the matrices whose angles are right.
     """
-    x, known = orthonormal_rows(x.mT)
+    x, full_rank = orthonormal_rows(x.mT)
     y, too = orthonormal_rows(y.mT)
     inner = y @ x.mT  # [b, q, p]
     cosines = singular_values(inner)
     sines = singular_values(torch.baddbmm(y, inner, x, alpha=-1))
     angles = join_angles(cosines, sines)
-    return angles, known & too & angles.isfinite().all(1)
+    return angles, full_rank & too & angles.isfinite().all(1)
 
 
 def join_angles(cosines: Tensor, sines: Tensor) -> Tensor:

@@ -68,10 +68,8 @@ class Basis:
 
     def __repr__(self) -> str:
         """Writes Basis(64×48, rank 8, float32, gram-f64, bound 2e-07)."""
-        known = f"rank {format_range(self.rank)}, {format_storage(self.U)}, {self.rung}"
-        return (
-            f"Basis({format_shape(self.shape)}, {known}, bound {format_range(self.bound, '.0e')})"
-        )
+        text = f"rank {format_range(self.rank)}, {format_storage(self.U)}, {self.rung}"
+        return f"Basis({format_shape(self.shape)}, {text}, bound {format_range(self.bound, '.0e')})"
 
     @property
     def rung(self) -> str:
@@ -202,26 +200,26 @@ def _chunk_basis(stack: Tensor, exponents: list[int], rank: Rank, tol: float, se
     rows = torch.linalg.vector_norm(w if wide else w.mT, dim=-1).double()
     norm = torch.linalg.vector_norm(rows, dim=-1)  # of float32 weights to 1e-8 or so
     stored = None if scaled else stack if wide else stack.mT
-    found = _descend_ladder(w, norm, rank, tol, seed, stored)
+    basis = _descend_ladder(w, norm, rank, tol, seed, stored)
     safe_norm = torch.where(norm > 0, norm, 1.0)
-    last = found.s.gather(-1, (found.count - 1).clamp_min(0)[:, None]).squeeze(-1)
-    bound = found.angle
-    short, long = found.short.to(dtype), found.long.to(dtype)
-    for exact, stored in ((found.short, short), (found.long, long)):
+    last = basis.s.gather(-1, (basis.count - 1).clamp_min(0)[:, None]).squeeze(-1)
+    bound = basis.angle
+    short, long = basis.short.to(dtype), basis.long.to(dtype)
+    for exact, stored in ((basis.short, short), (basis.long, long)):
         if exact.dtype != dtype:
             bound = bound + torch.linalg.matrix_norm(exact - stored.double())
-    values = torch.ldexp(found.s, power) if scaled else found.s
+    values = torch.ldexp(basis.s, power) if scaled else basis.s
     return Basis(
         U=short if wide else long,
         V=long if wide else short,
         S=values.to(dtype),
-        rank=found.count,
-        energy=(found.s.square().sum(-1) / safe_norm.square()).clamp_max(1),
-        residual=found.residual / safe_norm,
-        gap=torch.where(last > 0, (last - found.following) / last.clamp_min(1e-300), 1.0),
+        rank=basis.count,
+        energy=(basis.s.square().sum(-1) / safe_norm.square()).clamp_max(1),
+        residual=basis.residual / safe_norm,
+        gap=torch.where(last > 0, (last - basis.following) / last.clamp_min(1e-300), 1.0),
         bound=bound.clamp_max(1),
         ok=bound <= tol,
-        rungs=found.rungs,
+        rungs=basis.rungs,
     )
 
 

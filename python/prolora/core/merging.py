@@ -165,8 +165,8 @@ def inner_product(a: LowRank, b: LowRank) -> float:
 def _singular_bases(part: LowRank) -> tuple[Tensor, Tensor]:
     """Returns U and V of an update, without columns that are rounding."""
     u, s, v = product_svd(part.up.double(), part.down.double())
-    kept = int((s > _ZERO * s[:1]).sum())
-    return u[:, :kept], v[:, :kept]
+    rank = int((s > _ZERO * s[:1]).sum())
+    return u[:, :rank], v[:, :rank]
 
 
 def _compare_bases(bases: Sequence[Tensor]) -> Tensor:

@@ -135,8 +135,8 @@ class _ArithmeticPrecision:
         with self._lock:
             if not self._users:
                 self._before = [setting.look() for setting in self._settings]
-                for setting, found in zip(self._settings, self._before, strict=True):
-                    setting.put(None if found is None else setting.exact)
+                for setting, before in zip(self._settings, self._before, strict=True):
+                    setting.put(None if before is None else setting.exact)
             self._users += 1
         try:
             yield
@@ -149,9 +149,9 @@ class _ArithmeticPrecision:
     def _restore(self) -> None:
         """Puts back what was found, but for what somebody else has set in the meantime."""
         pinned = [setting.look() == setting.exact for setting in self._settings]
-        for setting, found, ours in zip(self._settings, self._before, pinned, strict=True):
-            if ours:
-                setting.put(found)
+        for setting, before, pinned_value in zip(self._settings, self._before, pinned, strict=True):
+            if pinned_value:
+                setting.put(before)
 
 
 _ARITHMETIC = _ArithmeticPrecision()

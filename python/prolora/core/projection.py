@@ -180,8 +180,8 @@ def _move(
 ) -> tuple[Parts, Parts, ProjectionInfo | None]:
     """Returns the parts of the moved update, with its account if `measure`."""
     if not (measure or method.needs_bases):
-        made = apply_rule(method, delta, *weights) if method.rule else delta
-        return (made.up.mT,), (made.down,), None
+        moved = apply_rule(method, delta, *weights) if method.rule else delta
+        return (moved.up.mT,), (moved.down,), None
     source, target = (w if isinstance(w, Basis) else truncated_svd(w, rank) for w in weights)
     if len(source.shape) != len(target.shape):  # one weight and a stack of them
         source, target = (
@@ -209,11 +209,11 @@ def apply_rule(method: Method, delta: LowRank, source: Any, target: Any) -> LowR
         raise UnsupportedTensor(f"{method.name} returned one array; return factors, (up, down)")
     if not isinstance(returned, Iterable):
         raise UnsupportedTensor(f"{method.name} returned {returned!r:.80}, not (up, down)")
-    made, _ = _read_pair([*returned], f"what {method.name} returned")
-    made = made.to(delta.dtype).to(delta.device)
-    if made.shape != delta.shape:
-        raise ShapeMismatch(f"{method.name} returned {list(made.shape)}, not {list(delta.shape)}")
-    return made
+    moved, _ = _read_pair([*returned], f"what {method.name} returned")
+    moved = moved.to(delta.dtype).to(delta.device)
+    if moved.shape != delta.shape:
+        raise ShapeMismatch(f"{method.name} returned {list(moved.shape)}, not {list(delta.shape)}")
+    return moved
 
 
 @in_full_precision

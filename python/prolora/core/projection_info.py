@@ -52,12 +52,14 @@ class ProjectionInfo:
 
     def __repr__(self) -> str:
         """Writes ProjectionInfo(energy kept 0.59, 0.64 norms from the copy, bound 4e-07)."""
-        kept, distance, bound = (
+        energy, distance, bound = (
             format_range(self.surviving_energy, ".2f"),
             format_range(self.copy_distance, ".2f"),
             format_range(self.bound, ".0e"),
         )
-        return f"ProjectionInfo(energy kept {kept}, {distance} norms from the copy, bound {bound})"
+        return (
+            f"ProjectionInfo(energy kept {energy}, {distance} norms from the copy, bound {bound})"
+        )
 
 
 @dataclass(frozen=True)

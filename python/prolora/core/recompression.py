@@ -30,9 +30,9 @@ def core_svd(core: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if core.shape[-1] > core.shape[-2]:
         v, s, u = core_svd(core.mT)
         return u, s, v
-    found = try_solver(lambda: _thin_svd(core)) or try_solver(lambda: _thin_svd(core.double()))
-    if found is not None:
-        u, s, v = (x.to(core.dtype) for x in found)
+    svd = try_solver(lambda: _thin_svd(core)) or try_solver(lambda: _thin_svd(core.double()))
+    if svd is not None:
+        u, s, v = (x.to(core.dtype) for x in svd)
         return u, s, v
     if not is_finite(core):
         raise NonFiniteWeights("NaN or Inf in a product of thin factors")
@@ -190,8 +190,8 @@ def product_svd(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     up: [..., m, r]; down: [..., r, n]. Returns U [..., m, d], S [..., d] in descending order and V
     [..., n, d], d ≤ r. Where a singular value is zero the columns of U or V carry no meaning.
     """
-    found = factor_product(up, down)
-    return found.left.mT @ found.u, found.s, found.right.mT @ found.v
+    svd = factor_product(up, down)
+    return svd.left.mT @ svd.u, svd.s, svd.right.mT @ svd.v
 
 
 def merge_products(
@@ -212,10 +212,10 @@ def merge_products(
 
     def rows(cores: list[Tensor], sides: list[Tensor]) -> Tensor:
         roots = [part.s.clamp_min(0).sqrt().unsqueeze(-1) for part in parts]
-        made = [
+        rows = [
             (core.mT * root) @ side for core, root, side in zip(cores, roots, sides, strict=True)
         ]
-        return torch.cat([part.to(dtype) for part in made], -2)
+        return torch.cat([part.to(dtype) for part in rows], -2)
 
     left = rows([part.u for part in parts], [part.left for part in parts])
     right = rows([part.v for part in parts], [part.right for part in parts])

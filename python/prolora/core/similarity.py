@@ -164,13 +164,13 @@ def principal_angles(X: Any, Y: Any) -> Any:
     if x.shape[-1] < y.shape[-1]:
         x, y = y, x
     flat = [flatten_stack(side) for side in (x, y)]
-    found = try_solver(lambda: column_angles(*flat))
-    if found is None:
+    angles = try_solver(lambda: column_angles(*flat))
+    if angles is None:
         raise SolverFailure(
             "the SVD behind the principal angles of X and Y did not converge: are their entries "
             "too large or too small for float64?"
         )
-    return to_kind_of(found.reshape(*x.shape[:-2], found.shape[-1]), X)
+    return to_kind_of(angles.reshape(*x.shape[:-2], angles.shape[-1]), X)
 
 
 @in_full_precision
@@ -216,9 +216,9 @@ def _quantiles_in_turn(
     work = working_dtype(source.U.dtype, target.U.dtype)
     pairs = [(source[i], target[i]) for i in places]
     sides = [(s.U, t.U) for s, t in pairs] + [(s.V, t.V) for s, t in pairs]
-    found = map_on_threads(
+    quantiles = map_on_threads(
         lambda side: orthonormal_angles(*(x.to(work) for x in side)).quantile(wanted), sides
     )
-    left, right = torch.stack(found).chunk(2)
+    left, right = torch.stack(quantiles).chunk(2)
     empty = (torch.minimum(source.rank, target.rank)[places] < 1)[:, None]
     return left.masked_fill(empty, torch.nan), right.masked_fill(empty, torch.nan)

@@ -43,7 +43,7 @@ class PairVerdict:
         return self.cosine >= MIN_COSINE
 
     def sentence(self) -> str:
-        """Says in plain words how far the two models are apart."""
+        """Describes in plain words how far the two models are apart."""
         facts = f"cosine of their weights {self.cosine:.2f}"
         if not self.related:
             return (

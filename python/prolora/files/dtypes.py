@@ -53,8 +53,8 @@ def find_torch_dtype(dtype: str) -> torch.dtype:
     """Returns torch's dtype of that name."""
     import torch
 
-    found: torch.dtype = getattr(torch, _TORCH[dtype])
-    return found
+    torch_dtype: torch.dtype = getattr(torch, _TORCH[dtype])
+    return torch_dtype
 
 
 def name_dtype(dtype: torch.dtype) -> str:

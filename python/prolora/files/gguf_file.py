@@ -197,10 +197,10 @@ class _HeaderReader:
         if code not in (*_SCALARS, _STRING):
             raise self.refuse(f"a value of the unknown type {code}")
         text = code == _STRING
-        found = (
+        value = (
             [self.text() for _ in range(length)] if text else self.numbers(_SCALARS[code], length)
         )
-        return found if is_list else found[0]
+        return value if is_list else value[0]
 
 
 def _read_tensors(header: _HeaderReader, size: int) -> dict[str, GgufTensor]:

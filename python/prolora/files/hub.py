@@ -169,8 +169,8 @@ def _explain_hub(name: str, error: Exception, is_offline: bool) -> MissingFile:
     for kind, words in _ABSENT.items():
         if kind in kinds:
             return MissingFile(f"{start} {words}")
-    said = next(iter(str(error).splitlines()), type(error).__name__)
-    return HubUnavailable(f"{start} does not give it: {said}")
+    first_line = next(iter(str(error).splitlines()), type(error).__name__)
+    return HubUnavailable(f"{start} does not give it: {first_line}")
 
 
 def list_hub_files(hub: Any, id_: HubId) -> tuple[list[str], str]:

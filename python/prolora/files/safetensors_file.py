@@ -261,7 +261,7 @@ def _read_header(file: SharedFile, path: Path, size: int) -> bytes:
 
 
 def _refuse_other_formats(head: bytes, path: Path) -> NoReturn:
-    """Says what a file with another beginning (`head`) is."""
+    """Reports what a file with another beginning (`head`) is."""
     # PyTorch's pickles are zip files whose first entry is the pickle.
     is_zip, is_torch = head.startswith(b"PK"), b"/data.pkl" in head
     if head.startswith(_ARCHIVES) or (is_zip and not is_torch):

@@ -63,8 +63,8 @@ class Store:
 
     def refuse(self, path: Path, error: Exception, **facts: str) -> None:
         """Writes a note beside a path on why its content was not made."""
-        told = {"error": getattr(error, "code", type(error).__name__), "message": str(error)}
-        put_text(failure_note(path), json.dumps(facts | told, indent=1) + "\n", overwrite=True)
+        document = {"error": getattr(error, "code", type(error).__name__), "message": str(error)}
+        put_text(failure_note(path), json.dumps(facts | document, indent=1) + "\n", overwrite=True)
 
 
 def failure_note(path: Path) -> Path:
@@ -198,7 +198,7 @@ def _check_inputs(path: StrPath, place: Path, inputs: Iterable[StrPath]) -> None
 
 
 def _give_name(temporary: Path, place: Path, overwrite: bool) -> None:
-    """Gives a finished file or folder its name."""
+    """Names a finished file or folder."""
     try:
         if temporary.is_dir() and overwrite and place.is_dir():
             # A reader needs the last (a PEFT folder's weights): it never finds files of both. Until
@@ -226,7 +226,7 @@ def _give_name(temporary: Path, place: Path, overwrite: bool) -> None:
 
 
 def _link(temporary: Path, place: Path) -> None:
-    """Gives a file a name that nothing has."""
+    """Links a file to a name that nothing has."""
     try:
         os.link(temporary, place)
     except FileExistsError:
@@ -273,7 +273,7 @@ def _make_folder(folder: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        for made in missing:
+        for created in missing:
             with suppress(OSError):
-                made.rmdir()
+                created.rmdir()
         raise

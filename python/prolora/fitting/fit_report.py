@@ -110,12 +110,12 @@ class BaselineReport(TransferReport):
 
     probe: ProbeReport
 
-    def _tell_method(self) -> str:
+    def _describe_method(self) -> str:
         none = (
             "A fit to the running models was no better on samples that it did not see, so this is "
             "the LoRA moved by the weights alone."
         )
-        return f"{none} {super()._tell_method()}".rstrip()
+        return f"{none} {super()._describe_method()}".rstrip()
 
     def sentences(self) -> list[str]:
         """Tells what the fit found, and then what the weights gave."""

@@ -90,7 +90,7 @@ class Job:
 
 
 def plan_batch(batch: Batch, job: Job) -> Iterator[Migrated]:
-    """Says what would become of the LoRAs of a batch."""
+    """Describes what would become of the LoRAs of a batch."""
     pair = BasePair.open(*_find_pair(batch), job.options, dry_run=True)
     for lora, _ in batch.loras:
         try:
@@ -146,10 +146,10 @@ def move_batch(batch: Batch, job: Job) -> Iterator[Migrated]:
             outcome = Outcome(lora, out, done.report)
         except LORA_FAILURES as error:
             outcome = Outcome(lora, out, error=as_refusal(error))
-        yield _tell(batch, job, outcome)
+        yield _report_outcome(batch, job, outcome)
 
 
-def _tell(batch: Batch, job: Job, outcome: Outcome) -> Migrated:
+def _report_outcome(batch: Batch, job: Job, outcome: Outcome) -> Migrated:
     """Reports what became of a LoRA; raises what would stop the next one, too."""
     lora, error = outcome.lora, outcome.error
     was_there = isinstance(error, OutputExists)  # another process was faster

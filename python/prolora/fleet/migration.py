@@ -83,7 +83,7 @@ def migrate(
         raise InvalidOption("a migration moves by weights, and replaces nothing")
     job = Job(os.path.abspath(folder), replace(asked.for_file(), progress=None))
     (base,), targets = _list_paths([source]), _list_paths(target)
-    batches, found = assign_loras(list_loras(loras), base, targets, job)
+    batches, loras_refused = assign_loras(list_loras(loras), base, targets, job)
     batches = _take_shard(batches, shard)
     # Processes that do the same work meet in the middle, and not at every batch.
     random.Random().shuffle(batches)
@@ -93,12 +93,12 @@ def migrate(
     else:
         work = plan_batch if dry_run else move_batch
         results = (moved for batch in batches for moved in work(batch, job))
-    total = len(found) + sum(len(batch.loras) for batch in batches)
+    total = len(loras_refused) + sum(len(batch.loras) for batch in batches)
     for moved in results:
-        found.append(moved)
+        loras_refused.append(moved)
         if asked.progress:
-            asked.progress(len(found), total, Path(moved.lora).name)
-    return found
+            asked.progress(len(loras_refused), total, Path(moved.lora).name)
+    return loras_refused
 
 
 def _list_paths(paths: StrPath | Sequence[StrPath]) -> list[str]:
@@ -124,10 +124,10 @@ def assign_loras(
 ) -> tuple[list[Batch], list[Migrated]]:
     """Returns the batches of a collection, and the outcomes of LoRAs of no expert."""
     experts = open_experts(source)
-    known = {target: pair_experts(experts, open_experts(target)) for target in targets}
+    by_target = {target: pair_experts(experts, open_experts(target)) for target in targets}
     groups: dict[tuple[str, str], list[tuple[str, str]]] = {}
     refused = []
-    for target, pairs in known.items():
+    for target, pairs in by_target.items():
         for lora in loras:
             try:
                 for pair, appended in choose_pairs(lora, pairs):

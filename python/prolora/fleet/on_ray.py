@@ -50,7 +50,7 @@ def run_on_ray(address: str, batches: Sequence[Batch], job: Job) -> Iterator[Mig
     A batch that is lost more often than Ray tries again, or does not get on, is split: so the LoRA
     that ends or hangs its process is refused, and no other.
     """
-    with _connect(address) as ray, _put_mark(Path(job.folder)) as mark:
+    with _connect(address) as ray, _check_shared_folder(Path(job.folder)) as mark:
         needs: dict[str, Any] = {"num_cpus": 1, "max_retries": RETRIES}
         if str(job.options.device).startswith("cuda"):
             needs["num_gpus"] = 1
@@ -68,14 +68,14 @@ def run_on_ray(address: str, batches: Sequence[Batch], job: Job) -> Iterator[Mig
                 running[work.remote(batch, job, str(mark))] = given
             ready, _ = ray.wait(list(running), timeout=1.0, fetch_local=False)
             for answers in ready:
-                yield from _hear(ray, answers, running, waiting, job)
+                yield from _collect(ray, answers, running, waiting, job)
             for answers, task in list(running.items()):
                 if time.monotonic() - task.heard > TIME_LIMIT:
                     del running[answers]
                     ray.cancel(answers, force=True)
                     if task.place is not None:
                         _kill(ray, *task.place)
-                        yield from _lose(task, waiting, job, f"hung for {TIME_LIMIT:g} s")
+                        yield from _reschedule(task, waiting, job, f"hung for {TIME_LIMIT:g} s")
                     elif unstarted < RETRIES:
                         unstarted += 1
                         waiting.append(task.batch)
@@ -99,7 +99,7 @@ def _work(batch: Batch, job: Job, mark: str) -> Iterator[Any]:
     yield from move_batch(batch, job)
 
 
-def _hear(
+def _collect(
     ray: Any, answers: Any, running: dict[Any, _Running], waiting: deque[Batch], job: Job
 ) -> Iterator[Migrated]:
     """Takes the next answer of a task."""
@@ -109,14 +109,14 @@ def _hear(
     except StopIteration:
         del running[answers]
         if task.left:
-            yield from _lose(task, waiting, job, "ended early")
+            yield from _reschedule(task, waiting, job, "ended early")
     except ray.exceptions.RayTaskError as error:  # ours, which the next batch would meet too
         raise getattr(error, "cause", None) or error from None
     except (ray.exceptions.LocalRayletDiedError, ray.exceptions.RaySystemError) as error:
         raise ProLoRAError(f"Ray itself ended on this machine: run again ({error})") from error
     except ray.exceptions.RayError as error:  # its process or its node ended
         del running[answers]
-        yield from _lose(task, waiting, job, f"ended: {str(error).splitlines()[0]}")
+        yield from _reschedule(task, waiting, job, f"ended: {str(error).splitlines()[0]}")
     else:
         task.heard = time.monotonic()
         if isinstance(answer, Migrated):
@@ -126,8 +126,8 @@ def _hear(
             task.place = answer
 
 
-def _lose(task: _Running, waiting: deque[Batch], job: Job, why: str) -> Iterator[Migrated]:
-    """Gives LoRAs of a lost batch again, one at a time; refuses one that was alone."""
+def _reschedule(task: _Running, waiting: deque[Batch], job: Job, why: str) -> Iterator[Migrated]:
+    """Schedules LoRAs of a lost batch again, one at a time; refuses one that was alone."""
     left = [member for member in task.batch.loras if member[0] in task.left]
     log.warning("a process of Ray %s; %d LoRAs are tried again or refused", why, len(left))
     if len(task.batch.loras) == 1:
@@ -170,7 +170,7 @@ def _connect(address: str) -> Iterator[Any]:
 
 
 @contextmanager
-def _put_mark(folder: Path) -> Iterator[Path]:
+def _check_shared_folder(folder: Path) -> Iterator[Path]:
     """Makes a file that every node must see in the folder of the results."""
     mark = folder / f".prolora-{secrets.token_hex(8)}.tmp"
     put_text(mark, "")

@@ -123,7 +123,7 @@ def bake(
             _convert(model, new, dtype)
         for i, (stored, parts) in enumerate(groups.items()):
             assert isinstance(stored, StoredWeight)
-            options.tell(i, len(groups), stored.key)
+            options.report_progress(i, len(groups), stored.key)
             at = new / stored.file.path.relative_to(path) if folder else new
             baking.write_weight(at, parts)
 
@@ -135,7 +135,7 @@ def bake(
         given = base if isinstance(base, Mapping) else {}
         tensors = {key: given.get(key, weight.read()) for key, weight in model.stored.items()}
         for i, (stored, parts) in enumerate(groups.items()):
-            options.tell(i, len(groups), stored.name)
+            options.report_progress(i, len(groups), stored.name)
             key, baked = keys[id(stored)], baking.bake_weight(parts).numbers
             # On the caller's device; the sum was made on the CPU.
             like = to_tensor(tensors[key])
@@ -191,7 +191,7 @@ def _sum_updates(
     blocks: Sequence[Blocks | None],
 ) -> dict[str, list[LowRank | Tensor]]:
     """Reads every LoRA; returns module, or vector, -> what is added to it."""
-    found: dict[str, list[LowRank | Tensor]] = {}
+    sums: dict[str, list[LowRank | Tensor]] = {}
     for lora, strength, weights in zip(loras, strengths, blocks, strict=True):
         check_moved_before(lora, model)
         adapter = read_plain(lora, model)
@@ -201,11 +201,11 @@ def _sum_updates(
         factors = find_factors(weights, adapter, model)
         for name, update in adapter.updates.items():
             factor = strength * factors.get(name, 1.0)
-            found.setdefault(name, []).append(LowRank(update.up * factor, update.down))
+            sums.setdefault(name, []).append(LowRank(update.up * factor, update.down))
         for name, vector in adapter.vectors.items():
             factor = strength * factors.get(name.rpartition(".")[0], 1.0)
-            found.setdefault(name, []).append(vector * factor)
-    return found
+            sums.setdefault(name, []).append(vector * factor)
+    return sums
 
 
 Parts = list[tuple[str, Weight, list[LowRank | Tensor]]]
@@ -235,7 +235,7 @@ def _place_updates(
 
 
 def _explain_kind(model: Base, refused: Parts) -> str:
-    """Says of weights that cannot be written what would survive at 8 and 16 bits."""
+    """Reports what of refused weights would survive at 8 and 16 bits."""
     kinds = Counter(find_kind(weight) or str(weight.dtype) for _, weight, _ in refused)
     rows = []
     for name, weight, added in refused:
@@ -320,8 +320,8 @@ def _convert(model: Base, new: Path, dtype: torch.dtype) -> None:
     stored = model.stored
     kinds = {key: dtype if w.dtype.is_floating_point else w.dtype for key, w in stored.items()}
     shapes = ((key, torch.empty(w.shape, device="meta")) for key, w in stored.items())
-    told = SafetensorsFile(model.files[0]).metadata.items()
-    metadata = {key: text for key, text in told if key != QUANTISATION_KEY}
+    entries = SafetensorsFile(model.files[0]).metadata.items()
+    metadata = {key: text for key, text in entries if key != QUANTISATION_KEY}
 
     def read(key: str) -> Tensor:
         tensor = stored[key].read().to(kinds[key]).contiguous()

@@ -37,8 +37,8 @@ class BakedModule:
 
 def sum_modules(rows: Iterable[BakedModule]) -> BakedModule:
     """Returns all updates as one."""
-    kept = [(row.energy, row.product, row.wrong) for row in rows]
-    return BakedModule("all", *map(sum, zip(*kept, strict=True))) if kept else BakedModule("all")
+    parts = [(row.energy, row.product, row.wrong) for row in rows]
+    return BakedModule("all", *map(sum, zip(*parts, strict=True))) if parts else BakedModule("all")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,15 +85,17 @@ class BakeReport(Report):
         return Sentence(mark, headline, (way, *wrote), left_out)
 
     def sentences(self) -> list[str]:
-        """Tells what was changed, and how exactly."""
+        """Reports what was changed, and how exactly."""
         stored = ", ".join(f"{count} in {kind}" for kind, count in self.dtypes.items())
-        told = [f"{stored} took the LoRA in; no other weight of {self.base} did."]
-        told.append(f"The rounding error is {self.whole.error:.2g} times the LoRA.")
+        sentences = [f"{stored} took the LoRA in; no other weight of {self.base} did."]
+        sentences.append(f"The rounding error is {self.whole.error:.2g} times the LoRA.")
         for bits in (8, 16, 32):
             if modules := [row.module for row in self.modules if row.bits == bits]:
                 listed = ", ".join(modules)
-                told.append(f"To keep {SURVIVES:.0%}, these need {bits} bits a number: {listed}.")
-        return told
+                sentences.append(
+                    f"To keep {SURVIVES:.0%}, these need {bits} bits a number: {listed}."
+                )
+        return sentences
 
     def tables(self) -> list[Table]:
         """Tabulates the modules, those with the least left first."""
@@ -110,7 +112,7 @@ class BakeReport(Report):
     def numbers(self) -> dict[str, Any]:
         """Returns what the report holds, by name."""
         names = ("path", "base", "loras", "strengths", "blocks", "stochastic", "dtypes", "left_out")
-        told = {name: getattr(self, name) for name in names}
-        told |= {"survived": self.whole.survived, "error": self.whole.error}
-        told["bits"] = {row.module: row.bits for row in self.modules if row.bits}
-        return told | {"modules": {row.module: row.survived for row in self.modules}}
+        values = {name: getattr(self, name) for name in names}
+        values |= {"survived": self.whole.survived, "error": self.whole.error}
+        values["bits"] = {row.module: row.bits for row in self.modules if row.bits}
+        return values | {"modules": {row.module: row.survived for row in self.modules}}

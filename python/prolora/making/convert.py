@@ -138,9 +138,9 @@ def _run(lora: Lora | Adapter, base: Base | None, options: ConvertOptions) -> Tr
     plain = scale_adapter(plain, factors)
     cut = {}
     for i, (name, update) in enumerate(plain.updates.items()):
-        options.tell(i, len(plain.updates), name)
+        options.report_progress(i, len(plain.updates), name)
         cut[name] = cut_rank(update, options.out_rank, update.rank)
-    made = plain.with_updates(cut)
+    result = plain.with_updates(cut)
     title = original.removesuffix(".safetensors")
     report = MadeReport(
         method="convert",
@@ -155,7 +155,7 @@ def _run(lora: Lora | Adapter, base: Base | None, options: ConvertOptions) -> Tr
                     name,
                     adapter.algorithms.get(name, "lora"),
                     update,
-                    cut[name].to(dtype or made.dtype),
+                    cut[name].to(dtype or result.dtype),
                     adapter.kept_energy.get(name, 1.0),
                     len(adapter.shares.get(name, ())),
                 )
@@ -172,11 +172,11 @@ def _run(lora: Lora | Adapter, base: Base | None, options: ConvertOptions) -> Tr
         if rank := _find_rank(plain, {row.source: row.energy for row in report.modules}):
             report = replace(report, advice=f"Rank {rank} would keep {ENOUGH:.0%} (`out_rank`).")
     if before is not None:
-        report = _tell_strength(report, before, adapter)
-    return Transfer(made, report, inputs, options.format or "auto", dtype)
+        report = _describe_strength(report, before, adapter)
+    return Transfer(result, report, inputs, options.format or "auto", dtype)
 
 
-def _tell_strength(report: MadeReport, before: Adapter, after: Adapter) -> MadeReport:
+def _describe_strength(report: MadeReport, before: Adapter, after: Adapter) -> MadeReport:
     """Compares every update with the one before its alpha was set."""
     norms = {
         n: (float(x.norm()), float(after.updates[n].norm())) for n, x in before.updates.items()
@@ -187,9 +187,9 @@ def _tell_strength(report: MadeReport, before: Adapter, after: Adapter) -> MadeR
         for row in report.modules
     )
     ends = sorted({f"{ratio:.3g}" for ratio in times.values()}, key=float)
-    told = f"It acts {' to '.join(ends[:1] + ends[1:][-1:])} times as strong as before."
-    told = told if ends else "Before, its scales made nothing of it."
-    return replace(report, modules=rows, advice=f"{told} {report.advice}".strip())
+    sentence = f"It acts {' to '.join(ends[:1] + ends[1:][-1:])} times as strong as before."
+    sentence = sentence if ends else "Before, its scales made nothing of it."
+    return replace(report, modules=rows, advice=f"{sentence} {report.advice}".strip())
 
 
 def _set_alpha(opened: Lora | Adapter, alpha: float) -> Lora:

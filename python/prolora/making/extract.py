@@ -187,17 +187,17 @@ class _Difference:
             raise WrongBase(
                 f"{base.name} and {tuned.name} are the same model: there is nothing to extract"
             )
-        for ours, theirs in ((base, tuned), (tuned, base)):
-            for name, shape in ours.shapes.items():
-                other = theirs.shapes.get(name)
-                if other is None and is_in_text_encoder(name):
+        for one, other in ((base, tuned), (tuned, base)):
+            for name, shape in one.shapes.items():
+                other_shape = other.shapes.get(name)
+                if other_shape is None and is_in_text_encoder(name):
                     continue
-                if other is None or matrix_shape(other) != matrix_shape(shape):
-                    what = "has no such module" if other is None else f"has it as {list(other)}"
+                if other_shape is None or matrix_shape(other_shape) != matrix_shape(shape):
+                    what = f"has it as {list(other_shape)}" if other_shape else "has no such module"
                     raise ShapeMismatch(
                         f"{base.name} and {tuned.name} are not of one architecture, so there is "
-                        f"no difference between them: {name} is {list(shape)} in {ours.name}, and "
-                        f"{theirs.name} {what}"
+                        f"no difference between them: {name} is {list(shape)} in {one.name}, and "
+                        f"{other.name} {what}"
                     )
 
     def subtract_matrices(self) -> None:
@@ -205,12 +205,12 @@ class _Difference:
         mapped = [row for row in self.rows.values() if row.status == "mapped"]
         done = 0
         for chunk in self._list_chunks(mapped):
-            self.options.tell(done, len(mapped), chunk[0].source)
-            for row, found in zip(chunk, self._extract_stack(chunk), strict=True):
-                self.rows[row.source] = found
+            self.options.report_progress(done, len(mapped), chunk[0].source)
+            for row, update in zip(chunk, self._extract_stack(chunk), strict=True):
+                self.rows[row.source] = update
             done += len(chunk)
         self.updates = {name: self.updates[name] for name in self.rows if name in self.updates}
-        self.options.tell(done, len(mapped), "done")
+        self.options.report_progress(done, len(mapped), "done")
 
     def _list_chunks(self, rows: Iterable[ModuleReport]) -> Iterator[list[ModuleReport]]:
         """Modules of one shape, as many as are worked on at a time."""
@@ -266,22 +266,23 @@ class _Difference:
 
         All others are left out: named with the norm of their difference, which counts in shares.
         """
-        (ours, foreign), (theirs, others) = self.base.others, self.tuned.others
+        (of_base, foreign), (of_tuned, others) = self.base.others, self.tuned.others
         no_layers = {n: row.reason for n, row in self.rows.items() if row.status == "skipped"}
-        for name in dict.fromkeys((*ours, *theirs)):
-            if name not in ours or name not in theirs or ours[name].shape != theirs[name].shape:
-                only = self.base if name in ours else self.tuned
+        for name in dict.fromkeys((*of_base, *of_tuned)):
+            both = name in of_base and name in of_tuned
+            if not both or of_base[name].shape != of_tuned[name].shape:
+                only = self.base if name in of_base else self.tuned
                 self.left_out[name] = f"only {only.name} holds it, or in another shape"
-            elif norm := self._measure(name, ours[name], theirs[name]):
-                reason = self._refuse_vector(name, ours[name])
+            elif norm := self._measure(name, of_base[name], of_tuned[name]):
+                reason = self._refuse_vector(name, of_base[name])
                 if not reason:
-                    self.vectors[name] = _subtract(ours[name], theirs[name]).float()
-                self._tell_other(name, ours[name].shape, norm, reason)
+                    self.vectors[name] = _subtract(of_base[name], of_tuned[name]).float()
+                self._record_other(name, of_base[name].shape, norm, reason)
         old, new = self.base.weights, self.tuned.weights
         for name, reason in no_layers.items():
             if name in old and name in new:
                 norm = self._measure(name, old[name], new[name])
-                self._tell_other(name, old[name].shape, norm, reason)
+                self._record_other(name, old[name].shape, norm, reason)
         changed = [k for k in foreign if k in others and not _are_equal(foreign[k], others[k])]
         for part, count in Counter(key.partition(".")[0] for key in changed).items():
             what = "another model in the file, which no LoRA of this one changes"
@@ -302,7 +303,7 @@ class _Difference:
             )
         return norm
 
-    def _tell_other(self, name: str, shape: Sequence[int], norm: float, reason: str) -> None:
+    def _record_other(self, name: str, shape: Sequence[int], norm: float, reason: str) -> None:
         """Writes the row of a tensor beside the layers."""
         size = matrix_shape(tuple(shape) or (1,))
         self.rows[name] = outline_difference(name, size, 0, reason, norm**2)
@@ -310,14 +311,14 @@ class _Difference:
             self.left_out[name] = f"{reason}; the norm of its difference is {norm:.3g}"
 
     def _refuse_vector(self, name: str, vector: Weight) -> str:
-        """Says why the format cannot hold a vector; "" if it can."""
+        """Explains why the format cannot hold a vector; "" if it can."""
         module, _, tensor = name.rpartition(".")
         if tensor not in ("bias", "weight") or len(vector.shape) != 1:
             return "no format has a key for it"
         updates = {module: self.updates[module]} if module in self.updates else {}
-        held = replace(self.outline(updates), vectors={name: torch.zeros(vector.shape)})
+        with_vector = replace(self.outline(updates), vectors={name: torch.zeros(vector.shape)})
         try:
-            adapters.check_format(held, self.format)
+            adapters.check_format(with_vector, self.format)
         except (UnsupportedFormat, ShapeMismatch):
             return "the format has no key for it"
         return ""
@@ -361,10 +362,10 @@ class _Difference:
         metadata["ss_training_comment"] = f"extracted from {tuned.name} by prolora"
         return metadata
 
-    def report(self, **known: Any) -> MadeReport:
+    def report(self, **facts: Any) -> MadeReport:
         """Reports what is known by now."""
         base, tuned = (x.name.removesuffix(".safetensors") for x in (self.base, self.tuned))
-        fields = {"modules": tuple(self.rows.values())} | known
+        fields = {"modules": tuple(self.rows.values())} | facts
         return MadeReport(
             method="extract",
             original=f"the difference between {base} and {tuned}",

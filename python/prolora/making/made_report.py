@@ -25,28 +25,28 @@ class MadeReport(LoraReport):
 
     def in_words(self) -> Sentence:
         """Returns the share of the original that the LoRA holds."""
-        kept, cautions = self.share_held, tuple(self.cautions())
+        share, cautions = self.share_held, tuple(self.cautions())
         if self.dry_run:
             return Sentence("✔", "A dry run: nothing was written.", (), cautions)
-        if kept is None:
+        if share is None:
             return Sentence("⚠", "The result changes nothing: it is zero.", (), cautions)
-        residual = 100 * max(0.0, 1 - kept) ** 0.5
+        residual = 100 * max(0.0, 1 - share) ** 0.5
         lost = f"{residual:.3g}%" if residual >= 1e-3 else "less than 0.001%"
         original = f"what was read of {self.original}" if self.unread else self.original
-        headline = f"It holds {kept:.2%} of the energy of {original}, and differs from it by "
-        mark: Mark = "✔" if kept >= ENOUGH else "⚠"
+        headline = f"It holds {share:.2%} of the energy of {original}, and differs from it by "
+        mark: Mark = "✔" if share >= ENOUGH else "⚠"
         sentence = Sentence(mark, f"{headline}{lost}.", tuple(self.lines()), cautions)
         missing = f"{count_things(self.unread, 'update')} of the file could not be read."
         return sentence.after([missing]) if self.unread else sentence
 
     def lines(self) -> list[str]:
-        """Says what else to know of the result."""
+        """Lists what else to know of the result."""
         lines = [self.advice] if self.advice else []
         if self.rounding is not None:
             left, error = self.rounding.survived, self.rounding.error
             lines.append(f"Rounding leaves {left:.2%} of that, with an error of {error:.2g}.")
         return lines
 
-    def _tell_done(self) -> str:
+    def _describe_done(self) -> str:
         done = f"{self.method.removesuffix('e')}ed"
         return f"{'would be' if self.dry_run else 'were'} {done}"

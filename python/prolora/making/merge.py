@@ -155,7 +155,7 @@ class _Merge:
         updates: dict[str, LowRank] = {}
         rows: list[ModuleReport] = []
         for i, name in enumerate(outline.updates):
-            self.options.tell(i, len(outline.updates), name)
+            self.options.report_progress(i, len(outline.updates), name)
             updates[name], row = self._merge_module(name, dtype)
             rows.append(row)
         merged = outline.with_updates(updates)
@@ -206,16 +206,17 @@ class _Merge:
 
     def _check_modules(self) -> None:
         """Refuses a module that two LoRAs have in different shapes."""
-        known: dict[str, tuple[str, tuple[int, ...]]] = {}
+        owners: dict[str, tuple[str, tuple[int, ...]]] = {}
         for name, part in zip(self.names, self.parts, strict=True):
             shapes = {m: (*u.shape, *part.kernels.get(m, ())) for m, u in part.updates.items()}
             shapes |= {vector: tuple(tensor.shape) for vector, tensor in part.vectors.items()}
-            for held, shape in shapes.items():
-                other, theirs = known.setdefault(held, (name, shape))
-                if theirs != shape:
+            for module, shape in shapes.items():
+                other, expected = owners.setdefault(module, (name, shape))
+                if expected != shape:
                     raise ShapeMismatch(
-                        f"{held} is {write_shape(shape)} in {name} and {write_shape(theirs)} in "
-                        f"{other}: these LoRAs are for bases of different sizes"
+                        f"{module} is {write_shape(shape)} in {name} and "
+                        f"{write_shape(expected)} in {other}: these LoRAs are for bases of "
+                        "different sizes"
                     )
 
     def _outline(self) -> Adapter:
@@ -257,11 +258,11 @@ class _Merge:
 
     def _merge_vectors(self) -> dict[str, Tensor]:
         """Differences of biases and norms."""
-        found: dict[str, list[Tensor]] = {}
+        vectors: dict[str, list[Tensor]] = {}
         for part, strength in zip(self.parts, self.strengths, strict=True):
             for name, vector in part.vectors.items():
-                found.setdefault(name, []).append(strength * vector)
-        return {name: merge_vectors(some, self.options.method) for name, some in found.items()}
+                vectors.setdefault(name, []).append(strength * vector)
+        return {name: merge_vectors(some, self.options.method) for name, some in vectors.items()}
 
     def _list_updates(self, module: str) -> dict[int, LowRank]:
         """Returns index of each LoRA with a module -> its update, strength included."""
@@ -283,17 +284,17 @@ class _Merge:
         self, merged: Adapter, dtype: torch.dtype
     ) -> tuple[tuple[MergedPart, ...], tuple[ModuleOverlap, ...]]:
         """Measures what of each LoRA is in the result, and their overlap."""
-        energies, kept = [0.0] * len(self.parts), [0.0] * len(self.parts)
+        energies, products = [0.0] * len(self.parts), [0.0] * len(self.parts)
         overlaps: list[ModuleOverlap] = []
         for module, update in merged.updates.items():
             parts, written = self._list_updates(module), update.to(dtype)
             overlaps += relate_updates(module, parts)
             for i, part in parts.items():
                 energies[i] += inner_product(part, part)
-                kept[i] += inner_product(part, written)
-        known = zip(self.facts, energies, kept, strict=True)
-        told = (replace(f, energy=e, kept=k / e if e else 1) for f, e, k in known)
-        return tuple(told), tuple(overlaps)
+                products[i] += inner_product(part, written)
+        rows = zip(self.facts, energies, products, strict=True)
+        facts = (replace(f, energy=e, kept=k / e if e else 1) for f, e, k in rows)
+        return tuple(facts), tuple(overlaps)
 
     def _describe(self, combined: dict[str, str]) -> dict[str, str]:
         """Writes the header: the merged LoRAs and how; reads all of the target.
@@ -301,8 +302,8 @@ class _Merge:
         `combined` are the headers of all as one.
         """
         target = self.target
-        told = ("name", "strength", "blocks", "trigger", "digest")
-        merged = [{k: v for k in told if (v := getattr(fact, k)) != ""} for fact in self.facts]
+        names = ("name", "strength", "blocks", "trigger", "digest")
+        merged = [{k: v for k in names if (v := getattr(fact, k)) != ""} for fact in self.facts]
         notes = {
             "version": __version__,
             "method": MERGE,
@@ -321,8 +322,8 @@ class _Merge:
             target_short_hash=compute_short_hash(target),
             provenance={key: text for key, text in notes.items() if text},
         )
-        kept = ("modelspec.merged_from", "ss_training_comment")
-        return rewritten | {key: combined[key] for key in kept}
+        keys = ("modelspec.merged_from", "ss_training_comment")
+        return rewritten | {key: combined[key] for key in keys}
 
     def _report(
         self, rows: Sequence[ModuleReport], result: Adapter, dtype: torch.dtype

@@ -70,8 +70,8 @@ class MergeOptions(Output):
         for name, hint in hints.items():
             given = getattr(self, name)
             if given is not None and len(given) != count:
-                told = f"`{name}` has {len(given)}, and there are {count} LoRAs"
-                raise InvalidOption(f"{told}; {hint}")
+                message = f"`{name}` has {len(given)}, and there are {count} LoRAs"
+                raise InvalidOption(f"{message}; {hint}")
 
 
 def _is_strength(factor: Any) -> bool:

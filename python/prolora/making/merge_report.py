@@ -63,20 +63,20 @@ class MergeReport(MadeReport):
     balanced: bool = False  # whether what several do was to count once
 
     def lines(self) -> list[str]:
-        """Says for each LoRA how much of it is in the result."""
-        told = []
+        """Reports for each LoRA how much of it is in the result."""
+        lines = []
         for part in self.parts:
             what = "what was read of it" if part.unread else "it"
             amount = f"{min(part.kept, 1):.0%} of {what} is in the result"
             if part.kept > SAME:
                 amount = f"all of {what} is in the result, and another LoRA does some of the same"
-            told.append(f"{part.name} at strength {part.strength:.3g}: {amount}.")
-        return told
+            lines.append(f"{part.name} at strength {part.strength:.3g}: {amount}.")
+        return lines
 
     def cautions(self) -> list[str]:
-        """Says which LoRAs lose, cancel, or do the same thing."""
-        said = super().cautions()
-        said += [
+        """Reports which LoRAs lose, cancel, or do the same thing."""
+        cautions = super().cautions()
+        cautions += [
             f"Careful: {part.name} mostly loses; give it a higher strength, or the result a higher "
             "rank."
             for part in self.parts
@@ -87,14 +87,14 @@ class MergeReport(MadeReport):
             against = [row.module for row in rows if row.sum_energy < CANCELS]
             alike = [row.module for row in rows if row.sum_energy > DOUBLES]
             if against:
-                said.append(f"{names} cancel in {_count(against, rows)}.")
+                cautions.append(f"{names} cancel in {_count(against, rows)}.")
             if alike and not self.balanced:
-                said.append(
+                cautions.append(
                     f"{names} do the same in {_count(alike, rows)}: together they are too strong "
                     "there; `method='balanced'` does it once."
                 )
         other = explain_other_bases({part.name: part.stated_base for part in self.parts})
-        return [*said, other] if other else said
+        return [*cautions, other] if other else cautions
 
     def tables(self) -> list[Table]:
         """Tabulates how each two LoRAs overlap, too."""
@@ -139,8 +139,8 @@ def relate_updates(module: str, parts: Mapping[int, LowRank]) -> Iterator[Module
     """
     if len(parts) < 2:
         return
-    found, owners = measure_overlap([*parts.values()]), list(parts)
-    products = found.products.tolist()
+    overlap, owners = measure_overlap([*parts.values()]), list(parts)
+    products = overlap.products.tolist()
     for i, j in itertools.combinations(range(len(owners)), 2):
         own, energy = products[i][i] + products[j][j], math.sqrt(products[i][i] * products[j][j])
         yield ModuleOverlap(
@@ -148,8 +148,8 @@ def relate_updates(module: str, parts: Mapping[int, LowRank]) -> Iterator[Module
             owners[i],
             owners[j],
             cosine=products[i][j] / energy if energy else 0.0,
-            left=found.left[i, j].item(),
-            right=found.right[i, j].item(),
+            left=overlap.left[i, j].item(),
+            right=overlap.right[i, j].item(),
             energy=energy,
             sum_energy=1 + 2 * products[i][j] / own if own else 1.0,
         )

@@ -143,7 +143,7 @@ def build_metadata(ledger: Ledger) -> dict[str, str]:
 
 
 def build_report(
-    ledger: Ledger, vectors: tuple[Collection[str], dict[str, str]], **known: Any
+    ledger: Ledger, vectors: tuple[Collection[str], dict[str, str]], **facts: Any
 ) -> TransferReport:
     """Builds the report of a transfer by weights.
 
@@ -176,5 +176,5 @@ def build_report(
         few_by_name=few_steps is None and is_named_few_step(target),
         verdict=ledger.verdict,
         warnings=ledger.warnings,
-        **known,
+        **facts,
     )

@@ -75,14 +75,14 @@ def read_lora(
     if fits_other:
         sentences.append("It fits the target and not the source: did you swap them?")
     where = begin_message(lora)
-    told = str(misfit).removeprefix(where)
+    reason = str(misfit).removeprefix(where)
     if sentences:
         refusal = WrongBase if fits_other else type(misfit)
-        text = f"{where}{' '.join(sentences)} ({told.removesuffix(OTHER_MODEL)})"
+        text = f"{where}{' '.join(sentences)} ({reason.removesuffix(OTHER_MODEL)})"
         raise refusal(text) from misfit
-    if where.removesuffix(": ") in told or told != str(misfit) or misfit.command:
+    if where.removesuffix(": ") in reason or reason != str(misfit) or misfit.command:
         raise misfit
-    raise type(misfit)(f"{where}{told}")
+    raise type(misfit)(f"{where}{reason}")
 
 
 def _fit_outline(lora: LoraLike, base: Base, headers_only: bool) -> Adapter:
@@ -133,10 +133,10 @@ def check_bases(
 
 def warn_of_smaller_size(adapter: Adapter, source: Base) -> list[str]:
     """Doubts a source where the LoRA has all blocks of a smaller size."""
-    found = adapter.model.sizes
-    if not (source.layout and found and source.layout not in found):
+    sizes = adapter.model.sizes
+    if not (source.layout and sizes and source.layout not in sizes):
         return []
-    smaller, own = join_titles(map(find_title, found)), find_title(source.layout)
+    smaller, own = join_titles(map(find_title, sizes)), find_title(source.layout)
     return [f"Is this the LoRA's base? It has all blocks of {smaller}; {source.name} is {own}."]
 
 
@@ -222,8 +222,9 @@ def are_one_base(source: Base, target: Base) -> bool:
         return True
     if not source.files or not target.files:
         return False
-    ours, theirs = ({file.resolve() for file in base.files} for base in (source, target))
-    if ours <= theirs or theirs <= ours:  # a pipeline's folder, and that of its model alone
+    of_source, of_target = ({file.resolve() for file in base.files} for base in (source, target))
+    # One may be a pipeline's folder, and the other that of its model alone.
+    if of_source <= of_target or of_target <= of_source:
         return True
     return have_equal_files(source, target)
 

@@ -125,12 +125,12 @@ def find_published(base: object) -> str | None:
 
 
 def fit_published(lora: Lora, id_: str) -> BaseMatch:
-    """Says whether a LoRA is for a family, or for one of its published sizes."""
+    """Reports whether a LoRA is for a family, or for one of its published sizes."""
     family = known_families().get(id_)
     sizes = family.layouts if family else (id_,)
     likely = [size for size in lora.model.sizes if size in sizes] or sizes
-    found = [fit_shapes(lora, _outline_published(size)) for size in likely]
-    best = max(found, key=lambda fit: ("✖⚠✔".index(fit.mark), fit.coverage))
+    matches = [fit_shapes(lora, _outline_published(size)) for size in likely]
+    best = max(matches, key=lambda fit: ("✖⚠✔".index(fit.mark), fit.coverage))
     return replace(best, published=best.base)
 
 
@@ -141,7 +141,7 @@ def _outline_published(size: str) -> BaseShapes:
 
 
 def fit_shapes(lora: Lora | Adapter, model: NamedShapes) -> BaseMatch:
-    """Says whether a LoRA is for an opened base, from its header alone."""
+    """Reports whether a LoRA is for an opened base, from its header alone."""
     rows, own = _place_modules(lora, model), lora.model
     families, sizes = own.families, own.sizes
     foreign = bool(families) and model.family is not None and model.family not in families
@@ -213,9 +213,11 @@ def _explain_no_place(name: str, size: tuple[int, int], base: NamedShapes) -> st
     encoder = find_component(name)
     if encoder in TEXT_ENCODERS and not any(m.startswith(f"{encoder}.") for m in base.shapes):
         # Many files of a model come without its text encoders.
-        known = load_layout(base.layout).text_encoders if base.layout else TEXT_ENCODERS
+        encoders = load_layout(base.layout).text_encoders if base.layout else TEXT_ENCODERS
         number = TEXT_ENCODERS.index(encoder) + 1
-        return None if number <= len(known) else f"the base has fewer than {number} text encoders"
+        return (
+            None if number <= len(encoders) else f"the base has fewer than {number} text encoders"
+        )
     if name not in base.shapes:
         return "the base has no such module"
     return explain_other_shape(name, size, base) if 0 not in size else None

@@ -46,8 +46,8 @@ class BasePair:
         cls, source: Base, target: Base, options: TransferOptions, *, dry_run: bool = False
     ) -> BasePair:
         """Opens the cache that the options name; a dry run makes no folder for it."""
-        known = options.cache is not None and os.path.isdir(os.fspath(options.cache))
-        cache = BasisCache(options.cache if known or not dry_run else None)
+        is_folder = options.cache is not None and os.path.isdir(os.fspath(options.cache))
+        cache = BasisCache(options.cache if is_folder or not dry_run else None)
         return cls(source, target, options, cache)
 
     def __post_init__(self) -> None:
@@ -212,14 +212,14 @@ class BasePair:
             with ledger.clock("hash"):
                 moved = replace(moved, metadata=build_metadata(ledger))
         written = options.format or "auto", read_dtype(options.dtype)
-        kept = adapters.find_kept(moved, *written)
+        stored = adapters.find_kept(moved, *written)
         report = build_report(
             ledger,
             vectors,
             asked=ledger.asked or options.method_name,
-            kept_energy={} if kept else dict(ledger.adapter.kept_energy),
-            as_stored=kept is not None,
-            base_dependent=kept.depend_on_base if kept else 0,
+            kept_energy={} if stored else dict(ledger.adapter.kept_energy),
+            as_stored=stored is not None,
+            base_dependent=stored.depend_on_base if stored else 0,
             seconds=ledger.clock.seconds,
             provenance=read_provenance(moved.metadata) if hashed else {},
         )

@@ -27,17 +27,17 @@ def narrow_base(base: Any, *loras: LoraLike) -> Any:
     if not isinstance(base, Mapping) or isinstance(base, dict):
         return base
     paths = {key: key.removesuffix(".weight") for key in base}
-    known, changed, ids = frozenset(paths.values()), set[str](), list[str]()
+    wanted_modules, changed, ids = frozenset(paths.values()), set[str](), list[str]()
     for lora in loras:
         with use_lora(lora) as opened:
             ids += opened.model.names
             if isinstance(opened, Adapter):
                 changed |= opened.updates.keys()
             else:
-                slots = parse_contents(opened, BaseNames(modules=known)).slots
+                slots = parse_contents(opened, BaseNames(modules=wanted_modules)).slots
                 changed |= {name for slot in slots for name in slot.module.modules}
     family = known_families().get(ids[0]) if ids else None
-    codec = Codec(family, names={name: name for name in known})
+    codec = Codec(family, names={name: name for name in wanted_modules})
     parsed = {key: codec.read(path) for key, path in paths.items()}
     modules = {key: module.modules for key, module in parsed.items() if module}
     wanted = [key for key in modules if not changed.isdisjoint(modules[key])]

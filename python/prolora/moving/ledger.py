@@ -70,7 +70,7 @@ class Ledger:
         """Writes block factors into the rows, and the LoRA's size beside the weights it meets."""
         factors, weights, updates = self.block_factors, 0.0, 0.0
         if factors:
-            self.rows = {key: _weigh_row(row, factors) for key, row in self.rows.items()}
+            self.rows = {key: _scale_row(row, factors) for key, row in self.rows.items()}
         for pair in self.plan.pairs:
             affinity = self.affinities.get(pair.target)
             if affinity is None or affinity.cosine < STRANGE_COSINE:  # left out by the verdict, too
@@ -124,7 +124,7 @@ class Ledger:
         self.rows[pair] = row
 
 
-def _weigh_row(row: ModuleReport, factors: Mapping[str, float]) -> ModuleReport:
+def _scale_row(row: ModuleReport, factors: Mapping[str, float]) -> ModuleReport:
     """Applies the factor of its block (target module -> factor) to a module's row."""
     factor = factors.get(row.target or "", 1.0)
     if row.status != "mapped" or factor == 1:

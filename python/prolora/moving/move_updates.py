@@ -99,8 +99,8 @@ def _leave_out_strangers(ledger: Ledger) -> None:
     strangers = [pair for pair in ledger.plan.pairs if pair.target in strange]
     for pair in strangers:
         ledger.enter(pair, None, STRANGER)
-    kept = [pair for pair in ledger.plan.pairs if pair.target not in strange]
-    ledger.plan = replace(ledger.plan, pairs=kept)
+    related = [pair for pair in ledger.plan.pairs if pair.target not in strange]
+    ledger.plan = replace(ledger.plan, pairs=related)
 
 
 def _explain_unrelated(verdict: PairVerdict, source: Base, target: Base) -> str:
@@ -157,16 +157,16 @@ def move_updates(
     done = 0
     for stack, (origins, targets) in zip(stacks, modules, strict=True):
         with ledger.clock("svd"):
-            ours, theirs = next(bases), next(bases)
+            source_bases, target_bases = next(bases), next(bases)
         with ledger.clock("overlap"):
             names = cache.names(source, origins, rank), cache.names(target, targets, rank)
             named = list(zip(*names, strict=True))
-            aligned = align_bases(named, ours, theirs, cache.pairs(source, target))
+            aligned = align_bases(named, source_bases, target_bases, cache.pairs(source, target))
         with ledger.clock("project"):
             columns = room.columns(matrix_shape(stack[0].shape))
             for part in _group_equal_ranks(ledger, stack, columns):
                 chosen = [stack[i] for i in part]
-                of_source, of_target = ours.take(part), theirs.take(part)
+                of_source, of_target = source_bases.take(part), target_bases.take(part)
                 _project_updates(ledger, chosen, of_source, of_target, aligned.take(part))
         done += len(stack)
         if progress:
@@ -179,7 +179,7 @@ def _apply_rule(ledger: Ledger, pair: Pair, method: Method) -> None:
     weights = ledger.source.read(pair.source), ledger.target.read(pair.target)
     matrices = (w.to(where, working_dtype(w.dtype)).reshape(pair.shape) for w in weights)
     try:
-        made = apply_rule(method, update.to(where), *matrices).to("cpu")
+        moved = apply_rule(method, update.to(where), *matrices).to("cpu")
     except Exception as error:
         if hasattr(error, "add_note"):  # from Python 3.11 on
             error.add_note(f"{method.name} was moving {pair.source} to {pair.target}")
@@ -187,10 +187,10 @@ def _apply_rule(ledger: Ledger, pair: Pair, method: Method) -> None:
     norm = float(update.norm())
     ledger.enter(
         pair,
-        made,
+        moved,
         method.outcome,
-        norm_ratio=float(made.norm()) / norm if norm else 1.0,
-        copy_distance=float(subtract_updates(made, update).norm()) / norm if norm else 0.0,
+        norm_ratio=float(moved.norm()) / norm if norm else 1.0,
+        copy_distance=float(subtract_updates(moved, update).norm()) / norm if norm else 0.0,
     )
 
 

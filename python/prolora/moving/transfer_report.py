@@ -87,13 +87,13 @@ class TransferReport(MovedReport):
         )
 
     def _judge(self) -> Sentence:
-        told = self._tell_without_updates() or self._tell_move()
-        losses = self._list_losses() if told.mark == "✔" else []
+        verdict = self._describe_without_updates() or self._describe_move()
+        losses = self._list_losses() if verdict.mark == "✔" else []
         cautions = tuple(line for line in self.cautions() if line not in losses)
-        told = replace(told, cautions=cautions)
-        return told.after(losses) if losses else told
+        verdict = replace(verdict, cautions=cautions)
+        return verdict.after(losses) if losses else verdict
 
-    def _tell_without_updates(self) -> Sentence | None:
+    def _describe_without_updates(self) -> Sentence | None:
         """Returns the verdict on a LoRA whose matrices certainly do nothing; else None."""
         if any(row.energy != 0 for row in self.modules):
             return None
@@ -101,17 +101,17 @@ class TransferReport(MovedReport):
             return Sentence("⚠", "This LoRA changes nothing: it is zero.")
         if self.dry_run:
             return None
-        told = self._tell_vectors_alone()
-        if self.unread or not told:
+        sentence = self._describe_vectors_alone()
+        if self.unread or not sentence:
             return Sentence("⚠", "All that could be read of this LoRA's updates is zero.")
         bases = self.source, self.target
-        found = judge(self.verdict, None, bases) if self.vectors else None
-        return Sentence(found.mark if found else "⚠", told)
+        expectation = judge(self.verdict, None, bases) if self.vectors else None
+        return Sentence(expectation.mark if expectation else "⚠", sentence)
 
-    def _tell_move(self) -> Sentence:
-        """Tells what to expect, how much has a place, and what was done."""
+    def _describe_move(self) -> Sentence:
+        """Reports what to expect, how much has a place, and what was done."""
         bases = tuple(name.removesuffix(".safetensors") for name in (self.source, self.target))
-        target, placed, kept = bases[1], self.totals["energy_mapped"], None
+        target, placed, share = bases[1], self.totals["energy_mapped"], None
         if placed is None:
             names, there = split_modules(self.modules)
             there |= {row.source for row in self.modules if row.reason == LEFT_OUT}
@@ -120,18 +120,18 @@ class TransferReport(MovedReport):
                 f"{len(there)} of the LoRA's {len(names)} parts ({placed or 0:.0%}) have a place "
                 f"on {target}; how much those do cannot be known beforehand."
             )
-            place = place if names else self._tell_vectors_alone()
+            place = place if names else self._describe_vectors_alone()
         else:
-            mapped, kept = placed, self.totals["energy_surviving"]
+            mapped, share = placed, self.totals["energy_surviving"]
             everything = {row.source: row.energy for row in self.modules}
             asked = {row.source for row in self.modules if row.reason == LEFT_OUT}
             # These have a place, and were left out there as asked.
             placed += sum(everything[name] for name in asked) / sum(everything.values())
-            if kept is not None and placed > 0:
-                kept *= mapped / placed
-                kept /= self.strength**2 if self.method == "copy" else 1.0
-            place = describe_coverage(placed, None if self.dry_run else kept, target)
-        done = "" if self.dry_run else self._tell_method()
+            if share is not None and placed > 0:
+                share *= mapped / placed
+                share /= self.strength**2 if self.method == "copy" else 1.0
+            place = describe_coverage(placed, None if self.dry_run else share, target)
+        done = "" if self.dry_run else self._describe_method()
         if self.unread:
             names, there = split_modules(self.modules)
             place = (
@@ -141,9 +141,9 @@ class TransferReport(MovedReport):
         if self.dry_run and (self.verdict is None or placed is None):
             fits = bool(self.vectors) if placed is None else placed >= LITTLE
             unknown = "The weights of the two models were not compared: whether it will work is "
-            told = place, "" if self.why else f"{unknown}not known.", self.why
+            parts = place, "" if self.why else f"{unknown}not known.", self.why
             mark: Mark = "✔" if fits else "⚠"
-            return Sentence(mark, "A dry run: nothing was written.", tuple(filter(None, told)))
+            return Sentence(mark, "A dry run: nothing was written.", tuple(filter(None, parts)))
         promised = self.dry_run or (self.method == "copy" and self.strength == 1)
         few_steps = False if self.few_by_name else self.few_steps  # its name is told below
         found = judge(self.verdict, placed, bases, few_steps, promised)
@@ -165,25 +165,25 @@ class TransferReport(MovedReport):
         if self.unread:
             names, _ = split_modules(self.modules)
             losses.append(f"{len(self.unread)} of the LoRA's {len(names)} parts could not be read.")
-        return [*losses, self._tell_cut(lost)] if lost > 1 - ENOUGH else losses
+        return [*losses, self._describe_cut(lost)] if lost > 1 - ENOUGH else losses
 
     @staticmethod
-    def _tell_cut(lost: float) -> str:
-        """Tells what cutting the rank took."""
+    def _describe_cut(lost: float) -> str:
+        """Reports what cutting the rank took."""
         return (
             f"Cutting the rank took {lost:.0%} of what was moved; a higher `out_rank` keeps more "
             "of it."
         )
 
-    def _tell_vectors_alone(self) -> str:
-        """Tells how much of a LoRA without matrices goes over; "" without vectors."""
+    def _describe_vectors_alone(self) -> str:
+        """Reports how much of a LoRA without matrices goes over; "" without vectors."""
         behind = sum(reason.startswith(A_VECTOR) for reason in self.left_out.values())
         what = "This LoRA is trained biases and normalisation layers alone"
         total = self.vectors + behind
         return f"{what}; {self.vectors} of {total} go over." if total else ""
 
-    def _tell_method(self) -> str:
-        """Says what was done in a sentence; "" of a plain copy."""
+    def _describe_method(self) -> str:
+        """Describes what was done in a sentence; "" of a plain copy."""
         if self.method == "copy":
             plain = self.strength == 1
             return "" if plain else f"prolora copied the LoRA at strength {self.strength:.3g}."
@@ -194,15 +194,15 @@ class TransferReport(MovedReport):
 
     def cautions(self) -> list[str]:
         """Lists what was lost, or needs a look."""
-        told = super().cautions()
+        cautions = super().cautions()
         if self.base_dependent:
-            told.append(
+            cautions.append(
                 f"{self.base_dependent} updates are relative to the weights of {self.source} "
                 "(DoRA, OFT or GLoRA). They are kept as they are stored, and act on those of "
                 f"{self.target} now."
             )
         if (lost := self.totals["energy_cut"] or 0.0) > 1 - ENOUGH:
-            told.append(self._tell_cut(lost))
+            cautions.append(self._describe_cut(lost))
         # In a pair of related bases they are the mark of a wrong pairing: blocks were renumbered.
         strangers = [
             (row.source, str(row.target))
@@ -210,17 +210,17 @@ class TransferReport(MovedReport):
             if row.cosine is not None and row.cosine < STRANGE_COSINE
         ]
         if strangers and self.verdict is not None and self.verdict.related:
-            told.append(describe_strangers(strangers))
-        return told
+            cautions.append(describe_strangers(strangers))
+        return cautions
 
     def sentences(self) -> list[str]:
-        """Tells what was done in numbers, with the copy baseline."""
-        told, totals = super().sentences(), self.totals
+        """Reports what was done in numbers, with the copy baseline."""
+        sentences, totals = super().sentences(), self.totals
         if self.dry_run or totals["energy_surviving"] is None:
-            return told
-        told += [self.verdict.sentence()] if self.verdict else []
+            return sentences
+        sentences += [self.verdict.sentence()] if self.verdict else []
         whole = "energy that was read" if self.unread else "LoRA's energy"
-        told += [
+        sentences += [
             *describe_renumbered(self.renumbered),
             f"The moved modules hold {totals['energy_mapped']:.0%} of the {whole}; "
             f"'{self.method}' at strength {self.strength:.2g} keeps "
@@ -228,21 +228,21 @@ class TransferReport(MovedReport):
             f"{totals['copy_distance']:.0%} of the update's norm away from plain copying.",
         ]
         if (totals["energy_mixed"] or 0) > 0.01 and self.method == "prolora":
-            told.append(
+            sentences.append(
                 f"{totals['energy_mixed']:.0%} lay in the mixed blocks, which '{self.method}' "
                 "drops; `method='copy'` changes nothing."
             )
         if flagged := totals["flagged"]:
-            told.append(f"{flagged} modules missed the accuracy tolerance (see 'ok').")
-        return told
+            sentences.append(f"{flagged} modules missed the accuracy tolerance (see 'ok').")
+        return sentences
 
-    def _tell_vectors(self) -> list[str]:
-        told = super()._tell_vectors()
-        if told and self.strength != 1:
-            told = [f"{told[0].removesuffix('.')} at strength {self.strength:.2g}."]
+    def _describe_vectors(self) -> list[str]:
+        sentences = super()._describe_vectors()
+        if sentences and self.strength != 1:
+            sentences = [f"{sentences[0].removesuffix('.')} at strength {self.strength:.2g}."]
         if self.as_stored:
-            told.append("The file holds the LoRA's stored tensors and scales as they are.")
-        return told
+            sentences.append("The file holds the LoRA's stored tensors and scales as they are.")
+        return sentences
 
     def tables(self) -> list[Table]:
         """Tabulates where blocks came from, and what moved or did not."""
@@ -270,7 +270,7 @@ def judge(
     few_steps: bool | None = None,
     promised: bool = True,
 ) -> Sentence:
-    """Says what to expect of a LoRA between two models, and which strengths.
+    """Describes what to expect of a LoRA between two models, and which strengths.
 
     Args:
         verdict: on the two models; None if their weights were not compared.
@@ -283,17 +283,17 @@ def judge(
     if verdict is None:
         return Sentence("⚠", "Done as asked; the two models were not compared.")
     cut = placed is not None and placed < AMOUNTS[0][0]
-    found = CLASSES[classify(verdict, cut, bool(few_steps))]
-    mark, headline = found.mark, found.headline.format(source=source, target=target)
+    expectation = CLASSES[classify(verdict, cut, bool(few_steps))]
+    mark, headline = expectation.mark, expectation.headline.format(source=source, target=target)
     if placed is not None and placed < LITTLE and verdict.related:
         headline = f"Expect little: most of this LoRA belongs to parts that {target} lacks."
     if not promised:
         return Sentence(mark, headline)
-    advice = found.advice.format(source=source, target=target)
-    if few_steps is None and found.name in ("alike", "changed"):
+    advice = expectation.advice.format(source=source, target=target)
+    if few_steps is None and expectation.name in ("alike", "changed"):
         advice += " If it draws in few steps, which its files do not say, set `target_steps=4`."
-    low, high = found.range or (0.0, 0.0)
-    outcome = found.outcome.format(low=low, high=high)
+    low, high = expectation.range or (0.0, 0.0)
+    outcome = expectation.outcome.format(low=low, high=high)
     return Sentence(mark, headline, tuple(filter(None, (advice, outcome))))
 
 
@@ -302,12 +302,12 @@ def name_amount(share: float) -> str:
     return next((word for least, word in AMOUNTS if share >= least), AMOUNTS[-1][1])
 
 
-def describe_coverage(placed: float, kept: float | None, target: str) -> str:
-    """Tells how much of a LoRA fits the target, and how much was kept."""
+def describe_coverage(placed: float, share: float | None, target: str) -> str:
+    """Reports how much of a LoRA fits the target, and how much was kept."""
     text = f"{name_amount(placed)} of the LoRA ({placed:.0%}) has a place on {target}"
-    if kept is None:
+    if share is None:
         return f"{text}."
-    rest = "all" if kept >= AMOUNTS[0][0] else f"{kept:.0%}"
+    rest = "all" if share >= AMOUNTS[0][0] else f"{share:.0%}"
     return f"{text}, and {rest} of that was kept."
 
 

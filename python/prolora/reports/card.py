@@ -69,11 +69,11 @@ def _describe_data(
     """Returns the metadata for the Hub: these header keys and no other."""
     licences, words = ({header.get(key, "") for header in headers} for key in (_LICENCE, _WORDS))
     licence, word = ("" if len(x) > 1 else max(x) for x in (licences, words))
-    known: dict[str, Any] = {"license": licence} if _LICENCE_ID.fullmatch(licence) else {}
-    if licence and not known:
-        known = {"license": "other", "license_name": replace_controls(licence)}
+    entries: dict[str, Any] = {"license": licence} if _LICENCE_ID.fullmatch(licence) else {}
+    if licence and not entries:
+        entries = {"license": "other", "license_name": replace_controls(licence)}
     if word:
-        known["instance_prompt"] = replace_controls(word)
+        entries["instance_prompt"] = replace_controls(word)
     tags = [tag.strip() for header in headers for tag in header.get(_TAGS, "").split(",")]
     names = [move.target for move in moves] + [move.source for move in moves]
     bases = ["/".join(name.split("/")[:2]) for name in names if name]
@@ -82,21 +82,21 @@ def _describe_data(
         base_model_relation="adapter",
         library_name="peft" if all(one.out.is_dir() for one in written) else "diffusers",
         tags=list(dict.fromkeys(["lora", "prolora", *map(replace_controls, filter(None, tags))])),
-        **known,
+        **entries,
     )
 
 
 def _describe_lora(one: Outcome, header: dict[str, str], move: Move) -> list[str]:
-    said = ["Moved in an earlier run."]
+    sentences = ["Moved in an earlier run."]
     if one.report and not one.kept:
         words = one.report.in_words()
         lines = [line for line in words.lines if not line.startswith("Next:")]
-        said = [f"{words.mark} {words.headline}", *lines, *words.cautions]
+        sentences = [f"{words.mark} {words.headline}", *lines, *words.cautions]
     licence = header.get(_LICENCE) or "the LoRA's header names none; those of both bases apply"
-    said += [f"Trigger words: {header[_WORDS]}"] if header.get(_WORDS) else []
-    said += [f"Licence: {licence}", f"Method: {move.method}"]
+    sentences += [f"Trigger words: {header[_WORDS]}"] if header.get(_WORDS) else []
+    sentences += [f"Licence: {licence}", f"Method: {move.method}"]
     weights = one.out / PEFT_WEIGHTS if one.out.is_dir() else one.out
-    lines = [f"- {_escape(line)}" for line in said]
+    lines = [f"- {_escape(line)}" for line in sentences]
     return ["\n".join([*lines, f"- SHA-256 of the file: {hash_file(weights)}"])]
 
 

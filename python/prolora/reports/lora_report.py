@@ -139,11 +139,11 @@ class LoraReport(Report):
 
     def page_tables(self) -> list[Table]:
         """Adds the tensors that stay behind, and every module."""
-        found = self.tables()
+        tables = self.tables()
         if self.left_out:
             columns, rows = (Column("tensor"), Column("why")), map(Row, self.left_out.items())
-            found.append(make_table(self._count_left_out(), columns, rows))
-        return [*found, tabulate_modules(self.modules, self.dry_run)] if self.modules else found
+            tables.append(make_table(self._count_left_out(), columns, rows))
+        return [*tables, tabulate_modules(self.modules, self.dry_run)] if self.modules else tables
 
     @property
     def map(self) -> PlaceMap:
@@ -152,47 +152,47 @@ class LoraReport(Report):
 
     def cautions(self) -> list[str]:
         """Lists what was lost, or needs a look."""
-        told = []
+        cautions = []
         if self.unread:
             first = self.unread[0]
             reason = next(row.reason for row in self.modules if row.source == first)
-            told.append(
+            cautions.append(
                 f"Careful: {count_things(self.unread, 'update')} of the file could not be read and "
                 f"{'stays' if len(self.unread) == 1 else 'stay'} behind; {first}: {reason}."
             )
         if self.left_out:
             name, reason = next(iter(self.left_out.items()))
-            told.append(f"{self._count_left_out()}; {name}: {reason}.")
+            cautions.append(f"{self._count_left_out()}; {name}: {reason}.")
         if self.blocks:
             gone = sum(row.reason == LEFT_OUT for row in self.modules)
             what = f"; {gone} modules have the factor 0 and are left out as asked" if gone else ""
-            told.append(f"Factors by block, as asked: {self.blocks}{what}.")
-        return told
+            cautions.append(f"Factors by block, as asked: {self.blocks}{what}.")
+        return cautions
 
     def sentences(self) -> list[str]:
-        """Tells how many modules and tensors were placed, and how the file was read."""
+        """Reports how many modules and tensors were placed, and how the file was read."""
         totals, (names, placed) = self.totals, split_modules(self.modules)
-        told = [
-            f"{len(placed)} of {len(names)} modules {self._tell_done()}"
+        sentences = [
+            f"{len(placed)} of {len(names)} modules {self._describe_done()}"
             f"; {totals['skipped']} skipped, {totals['refused']} refused."
         ]
-        told += [
+        sentences += [
             f"{name} is quantised: {what}; what is measured of it includes the rounding."
             for name, what in self.quantised.items()
         ]
-        told += self._tell_vectors()
+        sentences += self._describe_vectors()
         if self.kept_energy:
-            told.append(
+            sentences.append(
                 f"{len(self.kept_energy)} updates had too high a rank for a LoRA and were cut; the "
                 f"one cut most keeps {min(self.kept_energy.values()):.1%} of its energy."
             )
-        return told
+        return sentences
 
-    def _tell_done(self) -> str:
-        """Tells what was done with modules, and between which bases."""
+    def _describe_done(self) -> str:
+        """Reports what was done with modules, and between which bases."""
         raise NotImplementedError
 
-    def _tell_vectors(self) -> list[str]:
+    def _describe_vectors(self) -> list[str]:
         what = "trained biases and normalisation tensors are carried over"
         return [f"{self.vectors} {what}."] if self.vectors else []
 
@@ -257,8 +257,8 @@ class MovedReport(LoraReport):
         """Returns the verdict for people: warnings, expectation, what was done."""
         if self.before:
             return read_again(self.before)
-        told = self._judge()
-        return told.after(self.warnings) if self.warnings else told
+        verdict = self._judge()
+        return verdict.after(self.warnings) if self.warnings else verdict
 
     def _judge(self) -> Sentence:
         """Returns the verdict without warnings of the bases."""
@@ -273,17 +273,17 @@ class MovedReport(LoraReport):
         return [*super().cautions(), *before]
 
     def sentences(self) -> list[str]:
-        """Tells what moved, and of a kept result where its numbers are."""
+        """Reports what moved, and of a kept result where its numbers are."""
         again = "Its numbers are in the report of the run that made it; `overwrite` makes it anew."
         return [*super().sentences(), *([again] if self.before else [])]
 
-    def _tell_done(self) -> str:
+    def _describe_done(self) -> str:
         moved = "would move" if self.dry_run and not self.before else "moved"
         return f"{moved} from {self.source} to {self.target}"
 
     def numbers(self) -> dict[str, Any]:
         """Returns what the report holds, by name; images are for people."""
-        return {name: told for name, told in super().numbers().items() if name != "grid"}
+        return {name: value for name, value in super().numbers().items() if name != "grid"}
 
     def _list_choices(self) -> dict[str, str]:
         how = f"{self.method}, asked for: {self.asked}" if self.asked else self.method

@@ -140,9 +140,9 @@ class ModuleReport:
         if strength == 1:
             return self
         # ‖sX − Δ‖² = s²‖X‖² + ‖Δ‖² − 2s⟨X, Δ⟩, in units of ‖Δ‖², with X at s = 1.
-        kept = self.norm_ratio**2
-        along = (kept + 1 - self.copy_distance**2) / 2
-        distance = strength**2 * kept + 1 - 2 * strength * along
+        energy = self.norm_ratio**2
+        along = (energy + 1 - self.copy_distance**2) / 2
+        distance = strength**2 * energy + 1 - 2 * strength * along
         return replace(
             self,
             strength=strength * self.strength,
@@ -157,14 +157,14 @@ class ModuleReport:
         from ..core.merging import subtract_updates
 
         energy = whole.norm().square().item()
-        kept = min(1.0, smaller.norm().square().item() / energy) if energy else 1.0
+        share = min(1.0, smaller.norm().square().item() / energy) if energy else 1.0
         apart = subtract_updates(smaller.to(torch.float64), original.to(torch.float64))
         norm = original.norm().item()
         return replace(
             self,
             rank_out=smaller.rank,
-            rank_cut_energy=1 - (1 - self.rank_cut_energy) * kept,
-            norm_ratio=self.norm_ratio * kept**0.5,
+            rank_cut_energy=1 - (1 - self.rank_cut_energy) * share,
+            norm_ratio=self.norm_ratio * share**0.5,
             copy_distance=apart.norm().item() / norm if norm else 0.0,
         )
 

@@ -37,16 +37,16 @@ def tabulate_moved(title: str, rows: Sequence[ModuleReport], is_planned: bool) -
 
     `is_planned` says that nothing has moved yet, so that ranks alone are known.
     """
-    known = () if is_planned else _COLUMNS
+    columns = () if is_planned else _COLUMNS
     parts = group_by(rows, lambda row: find_stage(row.source))
     shown = []
     for name, some in (*parts.items(), ("all", rows)):
         cells: list[Cell] = [name.replace("transformer_blocks", "blocks"), len(some)]
-        cells += [value(some) for _, value in known]
+        cells += [value(some) for _, value in columns]
         known_ranks = [row.rank_out for row in some if row.rank_out or not is_planned]
         ranks = write_extremes(known_ranks) if known_ranks else NOTHING
         shown.append(Row((*cells, ranks), "total" if name == "all" else ""))
-    names = Column("part"), Column("n", "d"), *(column for column, _ in known)
+    names = Column("part"), Column("n", "d"), *(column for column, _ in columns)
     return make_table(title, (*names, Column("rank", "")), shown)
 
 
@@ -54,9 +54,10 @@ def tabulate_modules(modules: Sequence[ModuleReport], is_planned: bool) -> Table
     """Tabulates every module of the LoRA in model order, moved or not."""
     total = sum(row.energy for row in modules)
     renamed = any(row.target not in (None, row.source) for row in modules)
-    known = () if is_planned else _COLUMNS
+    moved_columns = () if is_planned else _COLUMNS
     columns = [Column("module"), *([Column("target")] if renamed else []), Column("status")]
-    columns += [column for column, _ in known] + [Column("angle", ".0f"), Column("energy", ".2%")]
+    columns += [column for column, _ in moved_columns]
+    columns += [Column("angle", ".0f"), Column("energy", ".2%")]
     columns += [Column(name, "") for name in ("rank in", "rank out", "shape")] + [Column("why")]
     rows = []
     for i in map_modules(modules, is_planned).order:
@@ -64,7 +65,7 @@ def tabulate_modules(modules: Sequence[ModuleReport], is_planned: bool) -> Table
         moved = [row] if row.status == "mapped" else []
         angle = average_measures(moved, lambda m: m.angle)
         cells: list[Cell] = [row.source, *([row.target or NOTHING] if renamed else []), row.status]
-        cells += [value(moved) for _, value in known]
+        cells += [value(moved) for _, value in moved_columns]
         degrees = None if angle is None else math.degrees(angle)
         cells += [degrees, row.energy / total if total else None, str(row.rank_in or NOTHING)]
         cells += [str(row.rank_out) if moved else NOTHING, write_shape(row.shape), row.reason]
@@ -83,9 +84,9 @@ def map_modules(modules: Sequence[ModuleReport], is_planned: bool) -> PlaceMap:
     for row in modules:
         share, mapped = None if is_planned else share_kept(row), row.status == "mapped"
         onto = f" to {row.target}," if row.target not in (None, row.source) else ""
-        kept = "" if share is None else f" {share:.0%} kept,"
-        said = f":{onto}{kept} {row.reason}" if mapped else f": {row.status}, {row.reason}"
-        spots.append(Spot(row.source, share, mapped, row.energy, row.source + said))
+        share_text = "" if share is None else f" {share:.0%} kept,"
+        text = f":{onto}{share_text} {row.reason}" if mapped else f": {row.status}, {row.reason}"
+        spots.append(Spot(row.source, share, mapped, row.energy, row.source + text))
     if is_planned:
         return PlaceMap(spots, "", "would move", "would not move")
     return PlaceMap(spots)

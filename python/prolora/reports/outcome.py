@@ -136,12 +136,12 @@ class OutcomesReport(Report):
 
 def is_report_of(report: Path, outputs: Iterable[Path]) -> bool:
     """Returns whether a report says the digests in the headers of all outputs that exist."""
-    found = [file for file in outputs if file.is_file() and file.suffix == ".safetensors"]
-    if not found or not report.is_file():
+    results = [file for file in outputs if file.is_file() and file.suffix == ".safetensors"]
+    if not results or not report.is_file():
         return False
     try:
         text = read_text(report)
-        origins = [read_provenance(SafetensorsFile(file).metadata) for file in found]
+        origins = [read_provenance(SafetensorsFile(file).metadata) for file in results]
     except UnsupportedFormat:
         return False
     digests = {origin.get(name, "") for origin in origins for name in _DIGESTS}

@@ -46,8 +46,8 @@ class Sentence:
     @property
     def strengths(self) -> str:
         """The strengths to load the LoRA at, in the words of the advice; "" without one."""
-        found = re.search(STRENGTHS, str(self))
-        return found[1] if found else ""
+        match = re.search(STRENGTHS, str(self))
+        return match[1] if match else ""
 
     def after(self, warnings: Sequence[str]) -> Sentence:
         """Returns the verdict with warnings before it."""
@@ -69,7 +69,7 @@ def summarise(where: str, verdicts: Sequence[Sentence]) -> str:
 def read_again(lines: Sequence[str]) -> Sentence:
     """Returns the verdict of an earlier run from its lines; see `Sentence.__str__`."""
     first, *others = lines
-    mark: Mark = next((known for known in get_args(Mark) if first.startswith(known)), "⚠")
+    mark: Mark = next((mark for mark in get_args(Mark) if first.startswith(mark)), "⚠")
     return Sentence(mark, f"{first.removeprefix(mark).strip()} (moved before)", (*others,))
 
 
@@ -106,7 +106,7 @@ class Report:
         raise NotImplementedError
 
     def sentences(self) -> list[str]:
-        """Tells the numbers behind the verdict, a sentence each."""
+        """Reports the numbers behind the verdict, a sentence each."""
         return []
 
     def tables(self) -> list[Table]:
@@ -137,8 +137,8 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns everything, ready for JSON; NaN becomes None."""
-        told = {"in_words": str(self.in_words()).split("\n"), "summary": self.sentences()}
-        return replace_nonfinite(self.numbers() | told)  # type: ignore[no-any-return]
+        document = {"in_words": str(self.in_words()).split("\n"), "summary": self.sentences()}
+        return replace_nonfinite(self.numbers() | document)  # type: ignore[no-any-return]
 
     def numbers(self) -> dict[str, Any]:
         """Returns what the report holds, by name."""

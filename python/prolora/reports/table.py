@@ -84,13 +84,13 @@ class Table:
 def make_table(title: str, columns: Sequence[Column], rows: Iterable[Row], id: str = "") -> Table:
     """Makes a table without empty columns of numbers."""
     rows = tuple(rows)
-    kept = [
+    filled = [
         i
         for i, column in enumerate(columns)
         if column.form is None or any(column.write(row.cells[i]) != NOTHING for row in rows)
     ]
-    shown = (replace(row, cells=tuple(row.cells[i] for i in kept)) for row in rows)
-    return Table(title, tuple(columns[i] for i in kept), tuple(shown), id)
+    shown = (replace(row, cells=tuple(row.cells[i] for i in filled)) for row in rows)
+    return Table(title, tuple(columns[i] for i in filled), tuple(shown), id)
 
 
 def write_extremes(numbers: Iterable[int]) -> str:

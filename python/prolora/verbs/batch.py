@@ -33,8 +33,8 @@ def run_each(
         try:
             label = f"LoRA {i + 1} of {len(loras)}:"
             report = make(i, out, label_stage(label, progress)).report
-            kept = isinstance(report, MovedReport) and bool(report.before)
-            done = Outcome(lora, out, report, kept=kept)
+            is_kept = isinstance(report, MovedReport) and bool(report.before)
+            done = Outcome(lora, out, report, kept=is_kept)
         except LORA_FAILURES as error:
             done = Outcome(lora, out, error=as_refusal(error))
         outcomes.append(replace(done, seconds=time.perf_counter() - started))
@@ -45,8 +45,8 @@ def as_refusal(error: BaseException) -> ProLoRAError:
     """Turns an error of the system or of torch into one of prolora's."""
     if isinstance(error, ProLoRAError):
         return error
-    said = explain_os_error(error) if isinstance(error, OSError) else str(error)
-    refusal = ProLoRAError(said or type(error).__name__)
+    text = explain_os_error(error) if isinstance(error, OSError) else str(error)
+    refusal = ProLoRAError(text or type(error).__name__)
     refusal.__cause__ = error
     return refusal
 

@@ -95,12 +95,12 @@ class BlockWeights:
         """Maps numbers to blocks; a block outside the notation gets 0."""
         fitting = [places for places in table.notations if len(places) == len(self.numbers)]
         if not fitting:
-            known = " or ".join(
+            notations = " or ".join(
                 f"{len(places)} ({_write_places(places)})" for places in table.notations if places
             )
             raise InvalidOption(
                 f"`blocks` has {len(self.numbers)} numbers, and {title} takes "
-                f"{known or 'names alone'}; names take a number each: "
+                f"{notations or 'names alone'}; names take a number each: "
                 '"transformer_blocks.0-9=0.5"'
             )
         factors = dict(zip(fitting[0], self.numbers, strict=True))

@@ -23,9 +23,9 @@ def option(default: Any, help: str, /, **shown: Any) -> Any:
     return field(default=default, metadata={"shown": Shown(help, **shown)})
 
 
-def read_shown(known: Field[Any]) -> Shown:
+def read_shown(field: Field[Any]) -> Shown:
     """Returns the texts of a field that `option` made."""
-    return cast(Shown, known.metadata["shown"])
+    return cast(Shown, field.metadata["shown"])
 
 
 def take_option(kind: type, name: str, default: Any = MISSING, **changed: Any) -> Any:
@@ -33,6 +33,6 @@ def take_option(kind: type, name: str, default: Any = MISSING, **changed: Any) -
 
     `changed` are the fields of `Shown` that differ.
     """
-    known = next(known for known in fields(kind) if known.name == name)
-    default = known.default if default is MISSING else default
-    return field(default=default, metadata={"shown": replace(read_shown(known), **changed)})
+    option = next(option for option in fields(kind) if option.name == name)
+    default = option.default if default is MISSING else default
+    return field(default=default, metadata={"shown": replace(read_shown(option), **changed)})

@@ -33,10 +33,10 @@ def resolve_options(options: Options, changes: Mapping[str, Any], *, here: bool 
     Raises:
         InvalidOption: an unknown option, or a value that it does not take.
     """
-    known = {taken.name for taken in fields(options)}
+    names = {taken.name for taken in fields(options)}
     for name in changes:
-        if name not in known:
-            raise InvalidOption(f"there is no option {name!r}{suggest(name, known)}")
+        if name not in names:
+            raise InvalidOption(f"there is no option {name!r}{suggest(name, names)}")
     settled = replace(options, **changes)
     if here and getattr(settled, "device", "") is None:
         choice: Any = {"device": resolve_device(None)}
@@ -45,7 +45,7 @@ def resolve_options(options: Options, changes: Mapping[str, Any], *, here: bool 
 
 
 def takes_options(function: Function) -> Function:
-    """Gives a function with `options` and `**changes` the help of every option.
+    """Adds the help of every option to a function with `options` and `**changes`.
 
     `help()` and editors then show each keyword with its default and what it does. The options of
     another function are refused before anything else. One path stands for a list of `loras`.
@@ -69,15 +69,15 @@ def takes_options(function: Function) -> Function:
             args = ([loras], *args[1:])
         return function(*args, **keywords)
 
-    told = fields(default)
+    option_fields = fields(default)
     lines = [
         textwrap.fill(
-            f"{known.name}: {read_shown(known).help}",
+            f"{field.name}: {read_shown(field).help}",
             width=100,
             initial_indent=" " * 8,
             subsequent_indent=" " * 12,
         )
-        for known in told
+        for field in option_fields
     ]
     text = function.__doc__ or ""
     check_and_call.__doc__ = text.rstrip() + "\n\n    Options:\n" + "\n".join(lines) + "\n    "
@@ -85,9 +85,9 @@ def takes_options(function: Function) -> Function:
     taken = {parameter.name for parameter in parameters}
     keyword = inspect.Parameter.KEYWORD_ONLY
     parameters += [
-        inspect.Parameter(known.name, keyword, default=known.default, annotation=known.type)
-        for known in told
-        if known.name not in taken
+        inspect.Parameter(field.name, keyword, default=field.default, annotation=field.type)
+        for field in option_fields
+        if field.name not in taken
     ]
     shown: Any = check_and_call
     shown.__signature__ = signature.replace(parameters=parameters)

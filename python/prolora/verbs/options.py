@@ -145,21 +145,21 @@ class VerbOptions:
             UnsupportedDevice: there is no such device, or it cannot be used.
         """
         make_fields_plain(self)
-        for known in fields(self):
-            words, value = read_shown(known).words, getattr(self, known.name)
-            is_own = known.name == "dtype" and isinstance(value, torch.dtype)
+        for field in fields(self):
+            words, value = read_shown(field).words, getattr(self, field.name)
+            is_own = field.name == "dtype" and isinstance(value, torch.dtype)
             if BEST in words:  # a merge has methods, too, and takes no function
                 is_own = isinstance(value, Method) or callable(value)
-            if words and not (value == known.default or is_own):
-                check_choice(known.name, value, words)
+            if words and not (value == field.default or is_own):
+                check_choice(field.name, value, words)
         for name in ("cache", "resume"):
             if not isinstance(value := getattr(self, name, None), str | PathLike | None):
                 raise InvalidOption(f"`{name}` must be the path of a folder, not {value!r}")
         if not (self.progress is None or callable(self.progress)):
             raise InvalidOption(f"`progress` must be a function, not {self.progress!r}")
 
-    def tell(self, done: int, total: int, name: str) -> None:
-        """Tells `progress` how far the work is, where somebody listens."""
+    def report_progress(self, done: int, total: int, name: str) -> None:
+        """Calls `progress`, if given, with how far the work is."""
         if self.progress:
             self.progress(done, total, name)
 

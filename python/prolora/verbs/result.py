@@ -142,8 +142,8 @@ def save_result(done: Transfer, out: Path, overwrite: bool) -> Transfer:
     """Writes a result with its verdict, and returns it with the time of writing."""
     started = time.perf_counter()
     words, share = str(done.report.in_words()), done.report.totals["energy_mapped"]
-    told = json.dumps({"words": words.split("\n"), "share": share})
-    metadata = done.adapter.metadata | {VERDICT: replace_surrogates(told)}
+    verdict = json.dumps({"words": words.split("\n"), "share": share})
+    metadata = done.adapter.metadata | {VERDICT: replace_surrogates(verdict)}
     done = replace(done, adapter=replace(done.adapter, metadata=metadata))
     done.save(out, overwrite=overwrite)
     seconds = done.report.seconds | {"write": time.perf_counter() - started}
@@ -232,9 +232,9 @@ class Recipe:
         if not isinstance(getattr(self.options, "method", ""), str):
             return standing  # a method of one's own has no digest
         with suppress(ProLoRAError, RecursionError, ValueError), Lora.open(out) as result:
-            made = [result.metadata.get(f"{PREFIX}{key}") for key in ("version", "lora_hash")]
+            before = [result.metadata.get(f"{PREFIX}{key}") for key in ("version", "lora_hash")]
             noted = json.loads(result.metadata.get(f"{PREFIX}recipe", ""))
-            if made == [__version__, self.lora_hash] and noted.get("options") == self.chosen:
+            if before == [__version__, self.lora_hash] and noted.get("options") == self.chosen:
                 standing = "stale"
                 if self._is_unchanged(noted) and self._is_whole(result, verify):
                     standing = "current"
@@ -256,8 +256,8 @@ class Recipe:
             beside = json.dumps(result.config, sort_keys=True)
             return hash_tensors(result.tensors, result.read, beside)
 
-        known = digest() if verify else self._recall(result, TENSORS, digest)
-        return known == result.metadata.get(TENSORS) and not parse_contents(result).left_out
+        recorded = digest() if verify else self._recall(result, TENSORS, digest)
+        return recorded == result.metadata.get(TENSORS) and not parse_contents(result).left_out
 
     def remember_result(self, out: Path) -> None:
         """Remembers the file of a result that was written just now."""
@@ -272,12 +272,12 @@ class Recipe:
             return compute()
         state, entry = lora.file.state, f"{what} {json.dumps(lora.config, sort_keys=True)}"
         memory = open_memory(lora.file.path, state, self.memory)
-        if (known := memory.get(entry)) is None:
-            known = compute()
+        if (recorded := memory.get(entry)) is None:
+            recorded = compute()
             if is_new or is_settled(state):
-                memory.put(entry, known)
+                memory.put(entry, recorded)
                 save_memory(memory)
-        return str(known)
+        return str(recorded)
 
 
 def write_or_keep(
@@ -315,7 +315,7 @@ def write_or_keep(
         check_output(path, list_inputs(file, source, target), overwrite, options.format)
         done = whole.make(make)
         moved = len(done.adapter.updates)
-        options.tell(moved, moved, f"writing {path.name}")
+        options.report_progress(moved, moved, f"writing {path.name}")
         return save_result(done, path, overwrite)
 
 
@@ -332,8 +332,8 @@ def read_verdict(metadata: Mapping[str, str]) -> tuple[str, ...]:
         words = json.loads(metadata[VERDICT])["words"]
     except (KeyError, TypeError, ValueError, RecursionError):
         words = []
-    told = isinstance(words, list) and all(isinstance(line, str) for line in words)
-    return tuple(words) if words and told else (MADE_BEFORE,)
+    is_text = isinstance(words, list) and all(isinstance(line, str) for line in words)
+    return tuple(words) if words and is_text else (MADE_BEFORE,)
 
 
 def _jsonable(value: Any) -> Any:

@@ -33,16 +33,16 @@ def describe_difference(
     bound is on the sine of the angle to the best columns, where that is not proven to be small.
     """
     whole, norm, lost = norms
-    kept = max(0.0, 1 - (lost / norm) ** 2)
+    share = max(0.0, 1 - (lost / norm) ** 2)
     flag = "" if bound is None else f"; not proven to be the best columns (bound {bound:.1e})"
     return replace(
         row,
         reason=row.reason + flag,
         rank_out=rank,
         energy=norm**2,
-        norm_ratio=kept**0.5,
-        copy_distance=(1 - kept) ** 0.5,
-        rank_cut_energy=1 - kept,
+        norm_ratio=share**0.5,
+        copy_distance=(1 - share) ** 0.5,
+        rank_cut_energy=1 - share,
         drift=norm / whole if whole else None,
     )
 

@@ -165,8 +165,8 @@ def _spell_transformer(
         if readers or not families:
             return style, next(iter(readers), None)
     if not families:
-        known = format in ("diffusers", "peft") or adapter.format in ("kohya", "comfy")
-        if style is None or known:
+        has_authors_names = format in ("diffusers", "peft") or adapter.format in ("kohya", "comfy")
+        if style is None or has_authors_names:
             return SPELLINGS[format], None
         raise UnsupportedFormat(
             f"the model is of no family that prolora knows, nor are its names in the {format} "
@@ -186,7 +186,7 @@ def _spell_transformer(
 
 
 def _refuse_format(family: Family, format: str) -> UnsupportedFormat:
-    formats = " or ".join(f"`format='{known}'`" for known in family.spellings)
+    formats = " or ".join(f"`format='{spelling}'`" for spelling in family.spellings)
     return UnsupportedFormat(
         f"no program reads a LoRA for {family.title} in the {format} format; write it with "
         f"{formats}"

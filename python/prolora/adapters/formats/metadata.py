@@ -101,28 +101,29 @@ def rewrite_metadata(
         target_short_hash: kohya's eight digits of it.
         provenance: facts of the transfer, written as `prolora.<key>`.
     """
-    kept = {
+    entries = {
         key: value
         for key, value in metadata.items()
         if key not in _OF_THE_FILE and not key.startswith("prolora.")
     }
     version, architecture = find_ids(target_layout)
-    _replace_entry(kept, "ss_base_model_version", version)
-    _describe_architecture(kept, architecture and f"{architecture}/lora")
-    _replace_entry(kept, "ss_v2", None if version is None else str(version.startswith("sd_v2")))
-    kept["ss_sd_model_name"] = target_name
-    _replace_entry(kept, "ss_sd_model_hash", target_short_hash)
-    kept.pop("ss_new_sd_model_hash", None)  # the digest of a whole base, which nothing here reads
+    _replace_entry(entries, "ss_base_model_version", version)
+    _describe_architecture(entries, architecture and f"{architecture}/lora")
+    _replace_entry(entries, "ss_v2", None if version is None else str(version.startswith("sd_v2")))
+    entries["ss_sd_model_name"] = target_name
+    _replace_entry(entries, "ss_sd_model_hash", target_short_hash)
+    # The digest of a whole base, which nothing here reads.
+    entries.pop("ss_new_sd_model_hash", None)
 
     lora = metadata.get("ss_output_name") or metadata.get("modelspec.title") or "LoRA"
-    kept["modelspec.merged_from"] = f"{lora}, {target_name}"
-    kept.setdefault("modelspec.title", lora)
+    entries["modelspec.merged_from"] = f"{lora}, {target_name}"
+    entries.setdefault("modelspec.title", lora)
     source = provenance.get("source", metadata.get("ss_sd_model_name", "another base model"))
     comment = f"moved from {source} to {target_name} by prolora"
     old = metadata.get("ss_training_comment", "")
-    kept["ss_training_comment"] = f"{old}; {comment}" if old not in ("", "None") else comment
-    kept.update({f"prolora.{key.removeprefix('prolora.')}": v for key, v in provenance.items()})
-    return kept
+    entries["ss_training_comment"] = f"{old}; {comment}" if old not in ("", "None") else comment
+    entries.update({f"prolora.{key.removeprefix('prolora.')}": v for key, v in provenance.items()})
+    return entries
 
 
 def combine_metadata(headers: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
@@ -180,26 +181,27 @@ def clean_metadata(
         format: of the new file.
         ranks: all ranks in it; None where it holds the old tensors, as the header tells of them.
     """
-    kept = {key: value for key, value in metadata.items() if key not in _OF_THE_FILE}
+    entries = {key: value for key, value in metadata.items() if key not in _OF_THE_FILE}
     if ranks is not None:
-        _describe_ranks(kept, format, ranks)
+        _describe_ranks(entries, format, ranks)
     if format in ("diffusers", "peft"):
-        kept["format"] = "pt"  # transformers refuses a file without it
-    return kept
+        entries["format"] = "pt"  # transformers refuses a file without it
+    return entries
 
 
-def _describe_ranks(kept: dict[str, str], format: str, ranks: set[int]) -> None:
+def _describe_ranks(metadata: dict[str, str], format: str, ranks: set[int]) -> None:
     """Describes a plain LoRA of these ranks."""
     if format == "kohya":
-        is_flux = kept.get("ss_base_model_version", "").startswith("flux1")
-        kept.setdefault("ss_network_module", "networks.lora_flux" if is_flux else "networks.lora")
-    if kept.get("ss_network_module", "").startswith("lycoris"):
+        is_flux = metadata.get("ss_base_model_version", "").startswith("flux1")
+        network = "networks.lora_flux" if is_flux else "networks.lora"
+        metadata.setdefault("ss_network_module", network)
+    if metadata.get("ss_network_module", "").startswith("lycoris"):
         # A plain LoRA is written, whatever the original was.
-        kept["ss_network_module"] = "networks.lora"
-        kept.pop("ss_network_args", None)
-    if format == "kohya" or "ss_network_dim" in kept:
+        metadata["ss_network_module"] = "networks.lora"
+        metadata.pop("ss_network_args", None)
+    if format == "kohya" or "ss_network_dim" in metadata:
         dim = str(next(iter(ranks))) if len(ranks) == 1 else "Dynamic"
-        kept["ss_network_dim"] = kept["ss_network_alpha"] = dim
+        metadata["ss_network_dim"] = metadata["ss_network_alpha"] = dim
 
 
 def find_ids(layout: str | None) -> ModelIds:

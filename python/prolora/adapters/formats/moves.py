@@ -121,7 +121,7 @@ UNSTATED = StatedBase()
 
 
 def explain_other_bases(stated: Mapping[str, StatedBase]) -> str:
-    """Says which LoRAs (name -> base) are for different bases; "" if none is."""
+    """Lists which LoRAs (name -> base) are for different bases; "" if none is."""
     bases = {lora: one.name for lora, one in stated.items() if one.name}
     models = {lora: one.model for lora, one in stated.items() if one.model}
     for names in (bases, models):

@@ -32,7 +32,7 @@ class Readers(NamedTuple):
     untried: tuple[str, ...] = ()  # of the readers: programs not tried with its text encoders
 
     def __str__(self) -> str:
-        """Says who reads all of the file, a part or nothing."""
+        """Describes who reads all of the file, a part or nothing."""
         parts = [
             f"read by {', '.join(self.whole)}" if self.whole else "",
             f"in part by {', '.join(self.part)}" if self.part else "",
@@ -60,18 +60,18 @@ def find_readers(
         modules: canonical names of the modules that the file updates.
         swapped: as in `loaders.name_row`.
     """
-    known = _known(families)
-    rows = [(one, loaders.name_row(one, format, spelling, swapped)) for one in known]
+    tables = _known(families)
+    rows = [(one, loaders.name_row(one, format, spelling, swapped)) for one in tables]
     of_each = [loaders.find_reach(one, row, modules) for one, row in rows]
-    found: dict[loaders.Reach, list[str]] = {"whole": [], "part": [], "none": []}
+    readers: dict[loaders.Reach, list[str]] = {"whole": [], "part": [], "none": []}
     for id_, loader in loaders.known_loaders().items():
         amounts = [reach.get(id_) for reach in of_each]
-        able = [one.title for one, x in zip(known, amounts, strict=True) if x == "whole"]
+        able = [one.title for one, x in zip(tables, amounts, strict=True) if x == "whole"]
         if len({*amounts}) == 1 and amounts[0]:
-            found[amounts[0]].append(loader.title)
+            readers[amounts[0]].append(loader.title)
         elif able:
-            found["whole"].append(f"{loader.title} (as {' or '.join(able)})")
-    whole, part, none = (tuple(found[amount]) for amount in ("whole", "part", "none"))
+            readers["whole"].append(f"{loader.title} (as {' or '.join(able)})")
+    whole, part, none = (tuple(readers[amount]) for amount in ("whole", "part", "none"))
     unknown = {x for one, row in rows for x in loaders.find_untried(one, row, modules)}
     titles = [loader.title for id_, loader in loaders.known_loaders().items() if id_ in unknown]
     return Readers(whole, part, none, tuple(one for one in titles if one in whole + part))
@@ -93,19 +93,19 @@ def choose_format(
         UnsupportedFormat: it reads none of our formats for the family, or nothing is known of it.
     """
     title = loaders.known_loaders()[program].title
-    known = _known(families)
-    if not known:
+    tables = _known(families)
+    if not tables:
         raise UnsupportedFormat(
             f"which files {title} reads for this model is not known, because prolora does not know "
             "its family; name a format (`format`)"
         )
-    best = rank_formats(known, modules, program)
+    best = rank_formats(tables, modules, program)
     if not best:  # it may have some of these models alone
-        able = [family for family in known if rank_formats([family], modules, program)]
+        able = [family for family in tables if rank_formats([family], modules, program)]
         best = rank_formats(able, modules, program) if able else []
     if not best:
-        titles = " or ".join(family.title for family in known)
-        if len(known) > 1:
+        titles = " or ".join(family.title for family in tables)
+        if len(tables) > 1:
             raise UnsupportedFormat(
                 f"the LoRA's names fit several models ({titles}), and {title} reads no one file "
                 "for all of them; give its base model, too: `convert()` takes it as an argument "
@@ -114,12 +114,12 @@ def choose_format(
         readers = [
             loader.title
             for id_, loader in loaders.known_loaders().items()
-            if rank_formats(known, modules, id_)
+            if rank_formats(tables, modules, id_)
         ]
-        if program not in loaders.list_programs(known[0].id):
+        if program not in loaders.list_programs(tables[0].id):
             raise UnsupportedFormat(
                 f"{title} was not tried with LoRAs for {titles}, and may have no such model; name "
-                f"a format instead: `format='{next(iter(known[0].spellings))}'`"
+                f"a format instead: `format='{next(iter(tables[0].spellings))}'`"
             )
         raise UnsupportedFormat(
             f"{title} reads no LoRA for {titles} that prolora writes; programs that do: "

@@ -26,7 +26,7 @@ class KeptTensors:
 
     @property
     def need_config(self) -> bool:
-        """Tells whether scales stand in a configuration, and not in tensors."""
+        """Returns whether scales stand in a configuration, and not in tensors."""
         return any(one.configured for one in self.owners.values())
 
     @property
@@ -66,9 +66,9 @@ def find_stored(adapter: Adapter, format: str) -> KeptTensors | None:
     keys: dict[str, tuple[StoredUpdate, str]] = {}
     owners: dict[str, StoredUpdate] = {}
     for path, parts, matrix in pieces:
-        found = {name: behind.get(id(_first_tensor(part))) for name, part in parts.items()}
-        one, _ = next(iter(found.values())) or (None, "")
-        old = {name: hit[1] for name, hit in found.items() if hit and hit[0] is one}
+        stored = {name: behind.get(id(_first_tensor(part))) for name, part in parts.items()}
+        one, _ = next(iter(stored.values())) or (None, "")
+        old = {name: hit[1] for name, hit in stored.items() if hit and hit[0] is one}
         if one is None or path is None or not len(old) == len(parts) == len(one.parts):
             return None
         alike = _find_rows(one.matrix, old.values()) == _find_rows(matrix, old)
@@ -91,7 +91,7 @@ def _find_rows(matrix: AuthorsWeight | None, names: Iterable[str]) -> object:
 
 
 def _has_place(one: StoredUpdate, format: str) -> bool:
-    """Tells whether a format can say all of an update."""
+    """Returns whether a format can say all of an update."""
     if any("processor" in key and "_lora" in key for key in one.keys.values()):
         return False  # names of old attention processors
     if not one.configured:

@@ -250,8 +250,8 @@ def read_without_family(path: str) -> Module | CutPath | None:
     if path.startswith(_CONDITIONER):
         path = _ADAPTER + path.removeprefix(_CONDITIONER)
     cut = cut_prefix(path)
-    known = _find_in_encoder(path, TEXT_ENCODERS[2]) or (cut and _find_in_unet(cut))
-    return known or (cut if cut and cut.component != "unet." else None)
+    module = _find_in_encoder(path, TEXT_ENCODERS[2]) or (cut and _find_in_unet(cut))
+    return module or (cut if cut and cut.component != "unet." else None)
 
 
 # Prefix -> format of the file, and the key under which diffusers files keep the scale of the
@@ -335,10 +335,10 @@ def _describe(cut: CutPath) -> Module | None:
     if cut.component == "unet." or cut.rest.startswith(_UNET_BLOCKS):
         return None
     if cut.dotted:
-        known = _IN_A_LIST.search(cut.rest) or (cut.prefix and _IDENTIFIER.fullmatch(cut.rest))
+        is_module = _IN_A_LIST.search(cut.rest) or (cut.prefix and _IDENTIFIER.fullmatch(cut.rest))
     else:
-        known = _IN_A_LIST_UNDERSCORED.search(cut.rest)
-    return _name_as_in_file(cut) if known else None
+        is_module = _IN_A_LIST_UNDERSCORED.search(cut.rest)
+    return _name_as_in_file(cut) if is_module else None
 
 
 def _name_as_in_file(cut: CutPath) -> Module:

@@ -155,16 +155,16 @@ def explain_refusal(where: str, key: str, what: str) -> str:
 
 
 def explain_other_kind(keys: Iterable[str]) -> str | None:
-    """Says in one sentence what kind of file has such keys, else None."""
-    found = (said for key in keys for kind, said in _OTHER_KINDS if re.search(kind, key))
-    return next(found, None)
+    """Describes in one sentence what kind of file has such keys, else None."""
+    explanations = (why for key in keys for kind, why in _OTHER_KINDS if re.search(kind, key))
+    return next(explanations, None)
 
 
 def is_of_adapter(key: str) -> bool:
     """Returns whether a key is of any kind of adapter, read or not."""
     path, role = split_key(key)
-    known = role in VECTORS or (path and Codec().read(path) is not None)
-    return bool(any(find_unread(key)) or known)
+    is_readable = role in VECTORS or (path and Codec().read(path) is not None)
+    return bool(any(find_unread(key)) or is_readable)
 
 
 def is_base_weight(key: str) -> bool:

@@ -150,14 +150,14 @@ class BasisCache:
         weight = base.weights[module]
         for part in weight.parts:
             part.leaves.note(part.key)
-        if all(held is not base for held in self._held):
+        if all(other is not base for other in self._held):
             self._held.append(base)
             for leaves in base.leaves if self.folder is not None else ():
                 leaves.remember(self.folder)
         if self.folder is None:
             return f"{id(base)} {module}"
-        known = learn or all(part.leaves.recall(part.key) for part in weight.parts)
-        return digest(weight.content)[:32] if weight.parts and known else None
+        has_digests = learn or all(part.leaves.recall(part.key) for part in weight.parts)
+        return digest(weight.content)[:32] if weight.parts and has_digests else None
 
     def names(self, base: Base, modules: Sequence[str], rank: Rank) -> list[str | None]:
         """Returns the names of bases, made of content, rule, version and kernels."""
@@ -203,8 +203,8 @@ class BasisCache:
             return None
         path = self._path(name)
         try:
-            basis, held = basis_file.read_basis(path)
-            if held != name or (len(basis.U), len(basis.V)) != shape:
+            basis, stored_name = basis_file.read_basis(path)
+            if stored_name != name or (len(basis.U), len(basis.V)) != shape:
                 raise UnsupportedFormat("it is of another weight")
             if time.time() - path.stat().st_mtime > TOUCH_INTERVAL:
                 os.utime(path)

@@ -50,8 +50,8 @@ class JsonTable:
             return
         self._entries = self._load() | self._entries
         self.changed = False
-        kept = dict(list(self._entries.items())[-MOST_ENTRIES:])
-        body = json.dumps(kept, separators=(",", ":")).encode()
+        newest = dict(list(self._entries.items())[-MOST_ENTRIES:])
+        body = json.dumps(newest, separators=(",", ":")).encode()
         content = b"%08x\n" % zlib.crc32(body) + body
         write = lambda new: new.write_bytes(content)  # noqa: E731
         put(self._path, write, overwrite=True, durable=False, follow=False)

@@ -146,7 +146,7 @@ class _KeySpelling:
         self._plain = unet or numbered or _has_prefix(model, _DIFFUSERS)
 
     def explain_unknown(self, keys: Collection[str]) -> str | None:
-        """Says what keys are that do not belong to a diffusion model."""
+        """Describes what keys are that do not belong to a diffusion model."""
         if self._plain:
             return None
         reason = explain_other_model(keys)

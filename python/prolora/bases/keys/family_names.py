@@ -106,10 +106,10 @@ def find_family_names(shapes: Mapping[str, tuple[int, ...]]) -> FamilyNames | No
     family = next((known_families()[id_] for id_ in identify_names(kinds)), None)
     if family is None:
         return None
-    known = [kind.name for kind in kinds if find_parts(family, kind)]
-    by_authors = any(family.find_module(name) is None for name in known)
-    if by_authors and any(find_block(n) and family.find_weight(n) is None for n in known):
+    names = [kind.name for kind in kinds if find_parts(family, kind)]
+    by_authors = any(family.find_module(name) is None for name in names)
+    if by_authors and any(find_block(n) and family.find_weight(n) is None for n in names):
         return None  # blocks with names of both kinds are those of another family
-    if all(_LANGUAGE_MODEL.fullmatch(name) for name in known):
+    if all(_LANGUAGE_MODEL.fullmatch(name) for name in names):
         return None  # names that ACE-Step's authors share with many others
     return FamilyNames(family, by_authors)

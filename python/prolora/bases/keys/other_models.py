@@ -53,7 +53,7 @@ _BLOCK_LIST = re.compile(r"(?:^|\.)(?:[^.]*blocks|layers)\.\d+\.")
 
 
 def explain_other_model(keys: Collection[str]) -> str | None:
-    """Says what a file without a diffusion model is; None if it may hold one.
+    """Describes what a file without a diffusion model is; None if it may hold one.
 
     `keys` are all keys of the file, without a common prefix.
     """
@@ -69,7 +69,7 @@ def explain_other_model(keys: Collection[str]) -> str | None:
 
 
 def explain_no_blocks(keys: Collection[str]) -> str | None:
-    """Says why a file holds no diffusion model; None if it may hold one.
+    """Explains why a file holds no diffusion model; None if it may hold one.
 
     A network without blocks or attention may be one too, if it takes in the time step. `keys` are
     all keys of the file, without a common prefix.

@@ -134,8 +134,8 @@ def _find_notes(parts: CheckpointParts) -> dict[str, Note]:
         for module, note in layers.items():
             # Some writers leave out the prefix of the model.
             names = (module, *(prefix + module for prefix in PREFIXES))
-            found = next((name for name in names if f"{name}.weight" in parts.weights), module)
-            notes[found] = note if isinstance(note, dict) else {}
+            owner = next((name for name in names if f"{name}.weight" in parts.weights), module)
+            notes[owner] = note if isinstance(note, dict) else {}
     for key in [key for key in parts if key.endswith(_NOTE)]:
         notes[key.removesuffix(_NOTE)] = parts.read_note(key)
         parts.drop(key)

@@ -157,7 +157,7 @@ def _encode_int8(root: ScaledWeight, numbers: Tensor, random: torch.Generator | 
 
 
 def _draw_seed(random: torch.Generator | None) -> int:
-    """Draws the seed of a rounding; 0 rounds to the nearest."""
+    """Generates the seed of a rounding; 0 rounds to the nearest."""
     return 0 if random is None else int(torch.randint(1, 2**31 - 1, (), generator=random))
 
 

@@ -49,9 +49,9 @@ class QuantisedWeight(DerivedWeight):
         """All of its parts, and how numbers are made of them."""
         parts = " times ".join(one.content for one in (self.stored, *self.scales))
         # Notes may lie in another file than the codes.
-        held = {field.name: getattr(self, field.name) for field in fields(self)}
-        told = [repr(x) for name, x in held.items() if name not in _PARTS and not callable(x)]
-        return f"{parts} {READING} {' '.join(told)}"
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        texts = [repr(x) for name, x in values.items() if name not in _PARTS and not callable(x)]
+        return f"{parts} {READING} {' '.join(texts)}"
 
     @property
     def dtype(self) -> torch.dtype:

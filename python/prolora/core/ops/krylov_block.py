@@ -73,17 +73,17 @@ def extend_block(w: Tensor, rows: Tensor, projected: Tensor, size: int, width: i
     written; projected: [b, room, room]; its rows `size` − `width` to `size` are written; size: of
     the basis; width: of a block. Returns float64 [b].
     """
-    known, last = rows[:, :size], slice(size - width, size)
+    earlier, last = rows[:, :size], slice(size - width, size)
     single = w.to(rows.dtype)
-    image = known[:, last] @ single @ single.mT
-    column = image @ known.mT
-    image = torch.baddbmm(image, column, known, alpha=-1)
+    image = earlier[:, last] @ single @ single.mT
+    column = image @ earlier.mT
+    image = torch.baddbmm(image, column, earlier, alpha=-1)
     projected[:, last, :size] = column
     if size + width <= rows.shape[1]:
         scale = torch.linalg.vector_norm(column, dim=(-2, -1), dtype=torch.float64)
         block = factor_panel(image, scale)[0].nan_to_num(0.0)
         # What little is left of a row leans on the basis by rounding: once more.
-        block = torch.baddbmm(block, block @ known.mT, known, alpha=-1)
+        block = torch.baddbmm(block, block @ earlier.mT, earlier, alpha=-1)
         block = factor_panel(block, torch.ones_like(scale))[0].nan_to_num(0.0)
         rows[:, size : size + width] = block
     # As the kernels do: in float32 the squares of what is large or small leave its range.
@@ -157,5 +157,5 @@ def krylov_block(w: Tensor, rows: Tensor, projected: Tensor, size: int, width: i
     for name, x in (("w", w), ("rows", rows), ("projected", projected)):
         if not isinstance(x, Tensor):
             raise TypeError(f"krylov_block: {name} must be a torch.Tensor, not {type(x).__name__}")
-    found: Tensor = registered.krylov_block(w, rows, projected, size, width)
-    return found
+    block: Tensor = registered.krylov_block(w, rows, projected, size, width)
+    return block

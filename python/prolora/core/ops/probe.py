@@ -18,12 +18,12 @@ from .small_svd import run_small_singular_values, run_small_svd
 from .subspace_overlap import run_subspace_overlap
 
 
-def run_child(device: str, *known: str) -> None:
+def run_child(device: str, *names: str) -> None:
     """Runs the kernels of the ops not known yet; prints BEGIN and END of each.
 
     END is followed by the reason where an op fails. A lost GPU ends the process.
     """
-    for op in CASES.keys() - set(known):
+    for op in CASES.keys() - set(names):
         print("BEGIN", op, flush=True)
         why = ""
         try:
@@ -46,7 +46,7 @@ def run_op(op: str, device: str, large: bool = False) -> None:
 
 
 def random(shape: tuple[int, ...], device: str, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Draws normal numbers, the same on every device."""
+    """Generates normal numbers, the same on every device."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
 
 

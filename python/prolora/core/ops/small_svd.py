@@ -100,8 +100,8 @@ def _is_torchs(a: Tensor) -> bool:
     return slower or a.shape[1] * a.shape[2] > MAX_ENTRIES
 
 
-def _compare(found: tuple[Tensor, Tensor, Tensor]) -> list[Tensor]:
-    u, s, v = found
+def _compare(result: tuple[Tensor, Tensor, Tensor]) -> list[Tensor]:
+    u, s, v = result
     return [(u * s[:, None]) @ v.mT, s]
 
 
@@ -166,8 +166,8 @@ def small_singular_values(a: Tensor) -> Tensor:
         ShapeMismatch: n larger than m or 128.
     """
     n = _check_matrix("small_singular_values", "svdvals", a)
-    found: Tensor = registered.small_singular_values(flatten_stack(a))
-    return found.reshape(*a.shape[:-2], n)
+    values: Tensor = registered.small_singular_values(flatten_stack(a))
+    return values.reshape(*a.shape[:-2], n)
 
 
 def _check_matrix(op: str, of_torch: str, a: Tensor) -> int:

@@ -109,19 +109,19 @@ def list_choices() -> dict[str, tuple[bool, str]]:
     return dict(_choices)
 
 
-def _try(ours: Way, torchs: Way, far: float, device: torch.device) -> tuple[bool, str]:
+def _try(op: Way, twin: Way, far: float, device: torch.device) -> tuple[bool, str]:
     """Returns whether the kernel wins, and why."""
     try:
-        for found, wanted in zip(ours(), torchs(), strict=True):
-            error = torch.linalg.vector_norm((found - wanted).double())
+        for computed, wanted in zip(op(), twin(), strict=True):
+            error = torch.linalg.vector_norm((computed - wanted).double())
             allowed = far * torch.linalg.vector_norm(wanted.double())
             if not bool(error <= allowed):  # NaN too
                 return False, f"off by {float(error):.1e}, more than {float(allowed):.1e}"
-        pairs = [(take_time(ours, device), take_time(torchs, device)) for _ in range(REPEATS)]
+        pairs = [(take_time(op, device), take_time(twin, device)) for _ in range(REPEATS)]
     except KernelFailure as error:
         return False, f"it fails: {error}"
-    mine, theirs = (min(times) for times in zip(*pairs, strict=True))
-    return mine <= CLEARLY_FASTER * theirs, f"{mine:.1e} s over {theirs:.1e} s"
+    op_time, twin_time = (min(times) for times in zip(*pairs, strict=True))
+    return op_time <= CLEARLY_FASTER * twin_time, f"{op_time:.1e} s over {twin_time:.1e} s"
 
 
 def take_time(way: Callable[[], object], device: torch.device) -> float:

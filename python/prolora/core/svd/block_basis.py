@@ -64,11 +64,11 @@ class BlockBasis:
         if self.stored is not None:
             self.found = krylov_block(self.stored, self.rows, self.projected, self.size, self.width)
             return
-        known = self.rows[:, : self.size]
+        earlier = self.rows[:, : self.size]
         last = slice(self.size - self.width, self.size)
-        image = self.gram.rough(known[:, last])
-        column = image @ known.mT
-        self.image = torch.baddbmm(image, column, known, alpha=-1)
+        image = self.gram.rough(earlier[:, last])
+        column = image @ earlier.mT
+        self.image = torch.baddbmm(image, column, earlier, alpha=-1)
         self.projected[:, last, : self.size] = column
         self.scale = torch.linalg.vector_norm(column, dim=(-2, -1)).double()
 
@@ -108,9 +108,9 @@ class BlockBasis:
         if places == list(range(len(self.w))):
             return self
         names = ("w", "norm", "rows", "projected", "stored", "image", "scale", "found")
-        known = {name: getattr(self, name) for name in names}
+        tensors = {name: getattr(self, name) for name in names}
         taken: dict[str, Any] = {
-            name: take_places(x, places) for name, x in known.items() if x is not None
+            name: take_places(x, places) for name, x in tensors.items() if x is not None
         }
         return replace(self, gram=self.gram.take(places), **taken)
 

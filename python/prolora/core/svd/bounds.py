@@ -102,9 +102,9 @@ def measure_residuals(
     sampled = CAUTION / math.sqrt(FEW_PROBES)
     parts = [sines, sampled * lengths[:, count:]]
     missed = torch.linalg.vector_norm(torch.cat(parts, 1), dim=-1)
-    known = torch.linalg.vector_norm(repair.mixing / distance[..., None], dim=(-2, -1))
+    rotation = torch.linalg.vector_norm(repair.mixing / distance[..., None], dim=(-2, -1))
     largest = torch.linalg.vector_norm(repair.lengths, dim=-1)
-    feedback = known * (1 + largest).square()
+    feedback = rotation * (1 + largest).square()
     feedback += torch.linalg.vector_norm(turned, dim=(-2, -1))
     feedback += sampled * torch.linalg.vector_norm(unknown, dim=(-2, -1))
     return missed, feedback

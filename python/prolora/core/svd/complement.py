@@ -31,15 +31,15 @@ def complement_triplets(
     near, far = turned[:, : left_out.near], turned[:, left_out.near :]
     ritz = Ritz(near, far, values, None, torch.zeros_like(norm))
     negated = FormedGram(-gram.precise, gram.error)
-    found, repair, angle = refine_span(negated, norm, ritz, left_out, sum(w.shape[-2:]))
-    tail, theta = repair.kept, found.theta[:, : d - k]
+    refined, repair, angle = refine_span(negated, norm, ritz, left_out, sum(w.shape[-2:]))
+    tail, theta = repair.kept, refined.theta[:, : d - k]
     # Those next to the cut have been turned with those behind it.
-    beside = found.x[:, d - k : left_out.near].float().flip(1)
+    beside = refined.x[:, d - k : left_out.near].float().flip(1)
     kept = torch.cat([vectors[:, : k - beside.shape[1]], beside], 1)
     kept = torch.baddbmm(kept, kept @ tail.mT, tail, alpha=-1)
     touched = torch.linalg.vector_norm((kept @ tail.mT).double(), dim=(-2, -1))
     short, s, long, residual, angle = assemble_factors(w, norm, kept, angle + touched, cut)
     following = (-theta[:, -1]).clamp_min(0).sqrt()
-    held = gram.precise.diagonal(dim1=-2, dim2=-1).sum(-1) + theta.sum(-1)
+    energy = gram.precise.diagonal(dim1=-2, dim2=-1).sum(-1) + theta.sum(-1)
     rungs = ("gram-f32",)
-    return Triplets(short.mT, long.mT, s, cut.count, following, residual, angle, rungs), held
+    return Triplets(short.mT, long.mT, s, cut.count, following, residual, angle, rungs), energy

@@ -51,15 +51,15 @@ def gram_triplets(w: Tensor, norm: Tensor, rank: Rank) -> Triplets:
     energy = gram.precise.diagonal(dim1=-2, dim2=-1).sum(-1)
     for _ in range(1 + TUNING.recounts):
         if alone and cut.most > TUNING.complement_share * w.shape[-2] and bool(sound & fits):
-            refined, held = complement_triplets(gram, w, norm, (values, vectors), cut)
+            refined, total = complement_triplets(gram, w, norm, (values, vectors), cut)
         else:
             near, far = vectors[:, : cut.near], vectors[:, cut.near :]
             ritz = Ritz(near, far, values, None, torch.zeros_like(norm), head)
             refined = refine_triplets(gram, w, norm, ritz, cut, "gram-f32")
-            held = refined.s.square().sum(-1)
+            total = refined.s.square().sum(-1)
         if not isinstance(rank, float):
             return mark_failed(refined, sound & fits)
-        missing = _count_missing(held, refined.s, rank * energy, cut)
+        missing = _count_missing(total, refined.s, rank * energy, cut)
         if not alone or not missing.any() or not 1 <= cut.most + int(missing) < w.shape[-2]:
             break
         cut = make_even_cut(w, cut.most + int(missing), cut.guard)
@@ -176,8 +176,8 @@ def _find_cut(values: Tensor, rank: Rank, top: Tensor) -> tuple[Cut, Tensor]:
     return make_cut(count, least, most, widest, d), fits
 
 
-def _count_missing(held: Tensor, s: Tensor, wanted: Tensor, cut: Cut) -> Tensor:
+def _count_missing(energy: Tensor, s: Tensor, wanted: Tensor, cut: Cut) -> Tensor:
     """Counts the columns [b] that are missing for an energy: 1, 0, or −1 for a spare one."""
-    enough = held >= wanted * (1 - 1e-12)
-    spare = (held - cut.at(s, -1).square() >= wanted) & (cut.count > 1)
+    enough = energy >= wanted * (1 - 1e-12)
+    spare = (energy - cut.at(s, -1).square() >= wanted) & (cut.count > 1)
     return (~enough).long() - (enough & spare).long()

@@ -44,10 +44,10 @@ def find_head(gram: AnyGram, trace: float, d: int, steep: float) -> LeadingPairs
     block = _orthonormal_rows(block)
     for size in range(width, most + 1, width):
         basis[size - width : size] = block
-        known = basis[:size]
+        earlier = basis[:size]
         image = gram(block[None])[0]
-        column = image @ known.mT
-        image -= column @ known
+        column = image @ earlier.mT
+        image -= column @ earlier
         projected[size - width : size, :size] = column
         if size == TUNING.head_first_blocks * width or size == most:
             values, vectors = torch.linalg.eigh(projected[:size, :size])
@@ -56,10 +56,10 @@ def find_head(gram: AnyGram, trace: float, d: int, steep: float) -> LeadingPairs
             if not float(theta[0]) > steep * rest:
                 return None
         if size < most:
-            block = _orthonormal_rows(image - (image @ known.mT) @ known)
-            again = block @ known.mT
+            block = _orthonormal_rows(image - (image @ earlier.mT) @ earlier)
+            again = block @ earlier.mT
             if float(again.abs().max()) > LEANING:  # G has nothing more to give
-                block = _orthonormal_rows(block - again @ known)
+                block = _orthonormal_rows(block - again @ earlier)
     left = torch.linalg.vector_norm(image) * torch.linalg.vector_norm(vectors[-width:], dim=0)
     good = (left <= CONVERGED * theta) & (theta > d * EPS * theta[0])
     q = int(good.long().cumprod(0).sum())

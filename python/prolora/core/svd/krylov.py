@@ -77,9 +77,9 @@ class Schedule:
         step = max(8, min(32, self.k // 4)) * 2 ** max(0, self.looks - TUNING.early_looks)
         wanted = int(math.log(max(1.0, sine / self.goal)) / slope)
         self.due = min(self.largest, size + min(max(step, wanted), 4 * step))
-        known = self.before is not None
+        continues = self.before is not None
         self.before = size, sine
-        return not known or size + wanted <= self.largest
+        return not continues or size + wanted <= self.largest
 
 
 @dataclass(frozen=True)

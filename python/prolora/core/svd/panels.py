@@ -9,7 +9,7 @@ from ..ops.panel_qr import DEPENDENT, panel_qr
 from .stacks import is_on_host
 
 
-def extend_basis(panel: Tensor, scale: Tensor, known: Tensor) -> Tensor:
+def extend_basis(panel: Tensor, scale: Tensor, earlier: Tensor) -> Tensor:
     """Makes rows [b, c, d] orthonormal, and orthogonal to a basis they have little of.
 
     Where little is left of a row, the rounding of what was taken out leans on the basis: that is
@@ -27,7 +27,7 @@ def extend_basis(panel: Tensor, scale: Tensor, known: Tensor) -> Tensor:
     """
     if not is_on_host(panel):
         # A panel that it gives up adds nothing to the basis.
-        rows = _take_out(panel_qr(panel, scale)[0].nan_to_num(0.0), known)
+        rows = _take_out(panel_qr(panel, scale)[0].nan_to_num(0.0), earlier)
         return panel_qr(rows, torch.ones_like(scale))[0].nan_to_num(0.0)
     wide = panel.double()
     shift = (DEPENDENT * scale).square()
@@ -35,14 +35,14 @@ def extend_basis(panel: Tensor, scale: Tensor, known: Tensor) -> Tensor:
     gram.diagonal(dim1=-2, dim2=-1).add_(shift[:, None])
     inverse, pivots = _invert_factor(gram)
     dropped = ~(pivots.square() > 2 * shift[:, None])  # NaN too
-    q = _take_out(torch.where(dropped[..., None], 0.0, inverse @ panel), known)
+    q = _take_out(torch.where(dropped[..., None], 0.0, inverse @ panel), earlier)
     gram = (q @ q.mT).double()
     gram.diagonal(dim1=-2, dim2=-1).add_(dropped.double())
     return _invert_factor(gram)[0] @ q
 
 
-def _take_out(rows: Tensor, known: Tensor) -> Tensor:
-    return torch.baddbmm(rows, rows @ known.mT, known, alpha=-1)
+def _take_out(rows: Tensor, earlier: Tensor) -> Tensor:
+    return torch.baddbmm(rows, rows @ earlier.mT, earlier, alpha=-1)
 
 
 def _invert_factor(gram: Tensor) -> tuple[Tensor, Tensor]:

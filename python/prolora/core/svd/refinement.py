@@ -104,16 +104,16 @@ def _measure_pairs(gram: AnyGram, ritz: Ritz, cut: Cut) -> Pairs:
     """Measures Rayleigh quotients and residuals of `ritz.near`, rotated in the window."""
     d, width = ritz.near.shape[-1], 2 * cut.guard
     x = ritz.near.double()
-    known = 0
+    start = 0
     if ritz.head is not None:
-        known = ritz.head.shape[1]
-        x = torch.cat([ritz.head, x[:, known:] - (x[:, known:] @ ritz.head.mT) @ ritz.head], 1)
+        start = ritz.head.shape[1]
+        x = torch.cat([ritz.head, x[:, start:] - (x[:, start:] @ ritz.head.mT) @ ritz.head], 1)
     # A dense rung keeps many: the gaps next to its window are as small as float32's rounding.
     rough = 0 if ritz.beyond is None or ritz.dense else cut.first
-    if rough > known:
-        middle = gram.rough(x[:, known:rough].float()).double()
-        y = gram(torch.cat([x[:, :known], x[:, rough:]], 1))
-        y = torch.cat([y[:, :known], middle, y[:, known:]], 1)
+    if rough > start:
+        middle = gram.rough(x[:, start:rough].float()).double()
+        y = gram(torch.cat([x[:, :start], x[:, rough:]], 1))
+        y = torch.cat([y[:, :start], middle, y[:, start:]], 1)
     else:
         y = gram(x)
     theta = torch.linalg.vecdot(x, y, dim=-1)
@@ -122,7 +122,7 @@ def _measure_pairs(gram: AnyGram, ritz: Ritz, cut: Cut) -> Pairs:
     column = torch.arange(cut.near, device=x.device)
     # What rounding did to p of d eigenvectors, extrapolated to all of them and doubled.
     lost = squares if cut.uniform else torch.where(column < cut.end[:, None], squares, 0.0)
-    rounding = 2 * (lost[:, known:].sum(-1) * d / (cut.end - known)).sqrt()
+    rounding = 2 * (lost[:, start:].sum(-1) * d / (cut.end - start)).sqrt()
     values, *rotated = rayleigh_ritz(cut.window(x, width), cut.window(y, width))
     left = torch.addcmul(rotated[1], rotated[0], values[..., None], value=-1)
     changes = zip((x, theta, r), (rotated[0], values, left), strict=True)

@@ -168,7 +168,7 @@ def _measure_pairs(lower: Tensor, values: Tensor, vectors: Tensor) -> tuple[Tens
 
 @functools.lru_cache(maxsize=64)
 def random_probes(k: int, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Draws normal columns [k, count], the same in every call.
+    """Generates normal columns [k, count], the same in every call.
 
     They are kept because a copy to a GPU waits for the device.
     """

@@ -83,5 +83,5 @@ def _gpu_budget(free: int, total: int) -> int:
 def _gpu_memory(device: torch.device) -> tuple[int, int]:
     """Returns the bytes free on a GPU, torch's own reserve included, and in total."""
     free, total = torch.cuda.mem_get_info(device)
-    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return free + kept, total
+    reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free + reserve, total

@@ -27,15 +27,15 @@ def render_page(report: Any, facts: Mapping[str, str], spell: Callable[[str], st
         f"default-src 'none'; style-src '{_digest(style)}'; script-src '{_digest(script)}'; "
         "img-src data:; base-uri 'none'; form-action 'none'"
     )
-    known: dict[str, Any] = {
+    context: dict[str, Any] = {
         "style": style,
         "script": script,
         "policy": policy,
         "version": __version__,
     }
     drawn = draw_map(report.map) if report.map and report.map.spots else None
-    known |= {"report": report, "words": report.in_words(), "spell": spell, "facts": facts}
-    return _environment().get_template("page.html").render(drawn=drawn, **known)
+    context |= {"report": report, "words": report.in_words(), "spell": spell, "facts": facts}
+    return _environment().get_template("page.html").render(drawn=drawn, **context)
 
 
 @cache
