@@ -138,7 +138,7 @@ def test_each_verb_takes_and_returns_arrays_of_one_kind(case, verb, kind):
     wanted = VERBS[verb](*case)
     assert made.keys() == wanted.keys()
     assert all(np.array_equal(made[key], wanted[key]) for key in made)
-    assert prolora.check(make_kind(kind, case[0]), base=make_kind(kind, case[1])).fit.coverage == 1
+    assert prolora.check(make_kind(kind, case[0]), base=make_kind(kind, case[1])).match.coverage == 1
 
 
 @pytest.mark.parametrize(

@@ -71,36 +71,36 @@ def test_a_dora_of_ai_toolkit_without_alpha_is_read_at_scale_1_with_a_word(lora)
     assert not check(save(lora.with_name("whole"), tensors)).defects
 
 
-def follow(path, mend):
-    """Runs the command of a mend, and checks what it writes."""
-    (alpha,) = re.findall(r"`convert\(\)` it with `alpha=([0-9.]+)`", mend)
+def follow(path, fix):
+    """Runs the command of a fix, and checks what it writes."""
+    (alpha,) = re.findall(r"`convert\(\)` it with `alpha=([0-9.]+)`", fix)
     out = path.with_name("mended.safetensors")
     prolora.convert(path, alpha=float(alpha), out=out)
     return check(out)
 
 
 @pytest.mark.parametrize(
-    ("alpha", "factor", "mend"),
+    ("alpha", "factor", "fix"),
     [
         ("1", "4", "; or load it at strength 0.25"),
         ("16", "0.25", "; or load it at strength 4"),
-        ("0.8", "5", ""),  # so much is no mend by strength
+        ("0.8", "5", ""),  # so much is no fix by strength
     ],
 )
-def test_a_lost_alpha_is_told_with_what_mends_it(lora, alpha, factor, mend):
+def test_a_lost_alpha_is_told_with_what_mends_it(lora, alpha, factor, fix):
     found = check(change(lora, drop_alphas, {"ss_network_alpha": alpha}))
     (defect,) = found.defects
     assert f"{factor}× as strongly" in defect.text
-    assert defect.mend == f"`convert()` it with `alpha={alpha}`{mend}"
+    assert defect.fix == f"`convert()` it with `alpha={alpha}`{fix}"
     assert found.mark == "⚠" and not found and str(defect) in str(found)
-    assert not follow(lora, defect.mend).defects
+    assert not follow(lora, defect.fix).defects
 
 
 def test_some_lost_alphas_are_counted(lora):
     first = next(key for key in load_file(lora) if key.endswith(".alpha"))
     change(lora, lambda key, x: None if key == first else x, {"ss_network_alpha": "2"})
     (defect,) = check(lora).defects
-    assert "1 of 3 alphas" in defect.text and defect.mend.endswith("`alpha=2`")
+    assert "1 of 3 alphas" in defect.text and defect.fix.endswith("`alpha=2`")
 
 
 def set_alphas(*alphas):
@@ -110,7 +110,7 @@ def set_alphas(*alphas):
 
 
 @pytest.mark.parametrize(
-    ("alphas", "trained", "mend"),
+    ("alphas", "trained", "fix"),
     [
         ((0.01,), None, "where images show too little of it, `convert()` it with `alpha=4`"),
         ((16,), None, "too much of it, `convert()` it with `alpha=4`, or load it at strength 0.25"),
@@ -122,13 +122,13 @@ def set_alphas(*alphas):
         ((8,), None, None),
     ],
 )
-def test_an_unusual_scale_is_told_unless_it_was_trained_so(lora, alphas, trained, mend):
+def test_an_unusual_scale_is_told_unless_it_was_trained_so(lora, alphas, trained, fix):
     header = {"ss_network_alpha": trained} if trained else None
     defects = check(change(lora, set_alphas(*alphas), header)).defects
-    assert [one.mend.endswith(mend) for one in defects] == [True] * (mend is not None)
-    if mend:
-        assert not follow(lora, mend).defects
-        strengths = [float(x) for x in re.findall("strength ([0-9.]+)", mend)]
+    assert [one.fix.endswith(fix) for one in defects] == [True] * (fix is not None)
+    if fix:
+        assert not follow(lora, fix).defects
+        strengths = [float(x) for x in re.findall("strength ([0-9.]+)", fix)]
         assert all(0.25 <= x <= 4 for x in strengths)
 
 
@@ -136,10 +136,10 @@ def test_a_scale_that_every_program_reads_in_its_own_way_is_told(lora):
     found = check(change(lora, set_alphas(0)))
     (defect,) = found.defects
     assert found.mark == "⚠" and "Alpha is 0: ComfyUI, A1111 and diffusers make" in defect.text
-    assert defect.mend == "`convert()` it with `alpha=4`"
+    assert defect.fix == "`convert()` it with `alpha=4`"
     assert check(lora, program="comfyui").mark == "✖"
     assert check(lora, program="sd-scripts").defects[0].mark == "⚠"
-    assert not follow(lora, defect.mend).defects
+    assert not follow(lora, defect.fix).defects
 
 
 def write_ranks(path, ranks, alphas, metadata=None, kernel=3):
@@ -183,7 +183,7 @@ def test_one_alpha_of_mixed_ranks_is_meant_for_the_largest(
 ):
     found = check(write_ranks(tmp_path / "lora.safetensors", ranks, alphas, metadata))
     assert [words in one.text for one in found.defects] == [True] * (words is not None)
-    assert all("strength" not in one.mend for one in found.defects)
+    assert all("strength" not in one.fix for one in found.defects)
 
 
 ODD_NUMBERS = [

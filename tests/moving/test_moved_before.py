@@ -228,5 +228,5 @@ def test_a_check_tells_the_old_base_from_the_one_that_it_was_moved_to(files):
     moved, a, b, _ = files
     old, new = prolora.check(moved, base=a), prolora.check(moved, base=b)
     assert new and new.fit.moved_to == ""
-    assert not old and old.fit.moved_to == "b.safetensors" == old.to_dict()["fit"]["moved_to"]
+    assert not old and old.match.moved_to == "b.safetensors" == old.to_dict()["match"]["moved_to"]
     assert str(old).startswith("⚠") and "have their place, but it was moved to b.safe" in str(old)

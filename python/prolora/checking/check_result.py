@@ -45,7 +45,7 @@ class Part:
         kinds, ranks, scales = (write_counts(x) for x in (self.algorithms, self.ranks, self.scales))
         rank = f", rank {ranks}" if self.ranks else ""
         alpha = f", alpha {write_counts(self.alphas)}" if set(self.alphas) != {"none"} else ""
-        return f"{self.updates} × {kinds}{rank}{alpha}, acts at {scales}"
+        return f"{self.updates} × {kinds}{rank}{alpha}, scale {scales} (alpha / rank)"
 
 
 @dataclass(frozen=True, repr=False)
@@ -88,7 +88,7 @@ class Check:
     skipped: dict[str, int] | None = None
     convertible: bool = False  # whether it reads all of what `convert` makes for it
     defects: tuple[Defect, ...] = ()
-    fit: BaseMatch | None = None  # whether it is for the base that was given
+    match: BaseMatch | None = None  # whether it is for the base that was given
     move: Sentence | None = None  # what a transfer between two bases would say
 
     @property
@@ -115,11 +115,11 @@ class Check:
         if self.reason or self.kind == "unknown":
             return [("✖", self.reason.removeprefix(f"{self.path}: ") or _KINDS[self.kind])]
         verdicts = [(self.move.mark, self.move.headline)] if self.move else []
-        verdicts += [(self.fit.mark, self.fit.sentence)] if self.fit else []
+        verdicts += [(self.match.mark, self.match.sentence)] if self.match else []
         if self.kind == "lora":
             verdicts += [self._judge_program()] if self.program else []
             # A base that was compared decides, and another question than programs was asked.
-            compared = self.move is not None or (self.fit is not None and bool(self.fit.modules))
+            compared = self.move is not None or (self.match is not None and bool(self.match.modules))
             verdicts += [] if compared else [self._judge_place()]
             is_identified = bool(self.families) and not (compared or self.program)
             verdicts += [self._judge_readers()] if is_identified else []
@@ -154,9 +154,9 @@ class Check:
         if title in readers.whole and title not in readers.untried:
             return "✔", f"{title} applies all of it"
         id_ = next(key for key, one in known_loaders().items() if one.title == title)
-        mend = f"; `convert()` it with `format={id_}`" if self.convertible else ""
+        fix = f"; `convert()` it with `format={id_}`" if self.convertible else ""
         if title in readers.none:
-            return "✖", f"{title} reads nothing of it{mend}"
+            return "✖", f"{title} reads nothing of it{fix}"
         if able := next((x for x in readers.whole if x.startswith(f"{title} (as ")), ""):
             return "⚠", f"{able} applies all of it; as another model's, it may not"
         if title not in readers.whole + readers.part:
@@ -169,7 +169,7 @@ class Check:
                 every, left = sum(self.modules.values()), sum(self.skipped.values())
                 first = next(iter(self.skipped))
                 much = f"{every - left} of {every} updates, and skips {left}, as of {first}"
-        return "⚠", f"{title} applies {much}{mend}"
+        return "⚠", f"{title} applies {much}{fix}"
 
     def _judge_readers(self) -> tuple[Mark, str]:
         """Judges whether any program reads all of it."""
@@ -200,8 +200,8 @@ class Check:
         for one in self.defects:
             if one.text != self.headline:
                 rows.append((one.mark, str(one)))
-            elif one.mend:
-                rows.append(("mend", f"{one.mend}."))
+            elif one.fix:
+                rows.append(("fix", f"{one.fix}."))
         rows += [("file", Path(self.path).name), ("kind", self._describe_kind())]
         rows += [(part, str(numbers)) for part, numbers in self.parts.items()]
         if len(self.families) > 1:
@@ -237,7 +237,7 @@ class Check:
     def to_dict(self) -> dict[str, Any]:
         """Returns everything, ready for JSON."""
         values = asdict(self) | {"readers": self.readers._asdict(), "family": self.family}
-        values["fit"] = self.fit and self.fit.to_dict()
+        values["match"] = self.match and self.match.to_dict()
         return values | {"mark": self.mark, "headline": self.headline, "ok": bool(self)}
 
 

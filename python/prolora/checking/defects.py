@@ -20,7 +20,7 @@ DEFAULT_ALPHA = 1.0
 """What kohya's scripts train with where nobody sets an alpha, whatever the rank."""
 
 LARGEST_FACTOR = 4.0
-"""A mend by strength changes it by at most this factor."""
+"""A fix by strength changes it by at most this factor."""
 
 ZERO_IS_NOTHING = ("comfyui", "a1111", "diffusers")
 """Programs that multiply by an alpha of 0; trainers read it as the rank."""
@@ -35,11 +35,11 @@ class Defect:
 
     mark: Mark  # ⚠ it acts otherwise than it was trained to, ✖ it breaks what it is added to
     text: str
-    mend: str = ""  # what to do
+    fix: str = ""  # what to do
 
     def __str__(self) -> str:
-        """Returns the sentence and the mend."""
-        return f"{self.text} Mend: {self.mend}." if self.mend else self.text
+        """Returns the sentence and the fix."""
+        return f"{self.text} Fix: {self.fix}." if self.fix else self.text
 
 
 def find_defects(contents: Contents, opened: Lora, program: str | None = None) -> list[Defect]:
@@ -72,14 +72,14 @@ def _find_lost(alphas: Alphas) -> Defect | None:
         what = "alpha is" if every else f"{len(lost)} of {len(alphas.slots)} alphas are"
         named = " and ".join(f"{alpha:g}" for alpha in ranks)
         text = f"It acts {factor:.3g}× as strongly as it was trained: {what} missing, and its "
-        mend = f"`convert()` it with `alpha={trained_at.pop():g}`" if len(trained_at) == 1 else ""
+        fix = f"`convert()` it with `alpha={trained_at.pop():g}`" if len(trained_at) == 1 else ""
         if (
             every
             and len(ranks) == len(factors) == 1
             and 1 / LARGEST_FACTOR <= factor <= LARGEST_FACTOR
         ):
-            mend += f"{'; or ' if mend else ''}load it at strength {1 / factor:.3g}"
-        return Defect("⚠", f"{text}header says {named}.", mend)
+            fix += f"{'; or ' if fix else ''}load it at strength {1 / factor:.3g}"
+        return Defect("⚠", f"{text}header says {named}.", fix)
     if any(slot.module.format == "kohya" and "magnitude" in slot.keys for slot in lost):
         text = "ai-toolkit saves no alpha of a DoRA in kohya's format: it is read at scale 1."
         return Defect("⚠", text)
@@ -97,8 +97,8 @@ def _find_zero(alphas: Alphas, program: str | None) -> Defect | None:
         "musubi-tuner and LyCORIS read it as the rank."
     )
     ranks = {slot.form.rank for slot in alphas.slots}
-    mend = f"`convert()` it with `alpha={ranks.pop()}`" if len(ranks) == 1 else ""
-    return Defect("✖" if program in ZERO_IS_NOTHING else "⚠", text, mend)
+    fix = f"`convert()` it with `alpha={ranks.pop()}`" if len(ranks) == 1 else ""
+    return Defect("✖" if program in ZERO_IS_NOTHING else "⚠", text, fix)
 
 
 def _find_odd(alphas: Alphas) -> Defect | None:
@@ -126,10 +126,10 @@ def _find_odd(alphas: Alphas) -> Defect | None:
     if count < len(alphas.slots) or len(largest) > 1:
         return Defect("⚠", text)
     much = "little" if abs(scale) < 1 else "much"
-    mend = f"where images show too {much} of it, `convert()` it with `alpha={rank}`"
+    fix = f"where images show too {much} of it, `convert()` it with `alpha={rank}`"
     if 1 / LARGEST_FACTOR <= scale <= LARGEST_FACTOR:
-        mend += f", or load it at strength {1 / scale:.3g}"
-    return Defect("⚠", text, mend)
+        fix += f", or load it at strength {1 / scale:.3g}"
+    return Defect("⚠", text, fix)
 
 
 def find_deep_defects(
@@ -140,9 +140,9 @@ def find_deep_defects(
 
     numbers, defects = measure_numbers(contents, scales, opened), []
     if broken := numbers.broken:
-        mend = "download it again; if it stays so, its training diverged"
+        fix = "download it again; if it stays so, its training diverged"
         what = "1 tensor holds" if len(broken) == 1 else f"{len(broken)} tensors hold"
-        defects.append(Defect("✖", f"{what} NaN or Inf, {broken[0]} the first.", mend))
+        defects.append(Defect("✖", f"{what} NaN or Inf, {broken[0]} the first.", fix))
     if over := numbers.over:
         what = "1 update" if len(over) == 1 else f"{len(over)} updates"
         text = f"{what} may overflow float16, {over[0]} the first."
