@@ -104,7 +104,7 @@ def test_the_names_of_a_mapping_tell_its_published_size_without_its_weights():
         f"{path}.lora_A.weight": torch.ones(2, 3072),
         f"{path}.lora_B.weight": torch.ones(9216, 2),
     }
-    assert prolora.check(lora, base=base).fit.base_title == "FLUX.1"
+    assert prolora.check(lora, base=base).base_match.base_title == "FLUX.1"
     assert base.requested == [f"model.{path}.weight"]
 
 
@@ -138,7 +138,10 @@ def test_each_verb_takes_and_returns_arrays_of_one_kind(case, verb, kind):
     wanted = VERBS[verb](*case)
     assert made.keys() == wanted.keys()
     assert all(np.array_equal(made[key], wanted[key]) for key in made)
-    assert prolora.check(make_kind(kind, case[0]), base=make_kind(kind, case[1])).match.coverage == 1
+    assert (
+        prolora.check(make_kind(kind, case[0]), base=make_kind(kind, case[1])).base_match.coverage
+        == 1
+    )
 
 
 @pytest.mark.parametrize(

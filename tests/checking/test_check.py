@@ -39,7 +39,7 @@ def unread(monkeypatch):
 
 def test_a_lora_fits_its_own_base(tmp_path):
     answer = prolora.check(usual_lora("sdxl", "unet."), base=hollow_base(tmp_path, "sdxl"))
-    assert answer and answer.match.answer == "fits" and answer.match.coverage == 1
+    assert answer and answer.base_match.answer == "fits" and answer.base_match.coverage == 1
     assert str(answer).startswith(
         "✔ for this base, by names and shapes: 700 of 700 modules have their place\n"
     )
@@ -66,7 +66,7 @@ def test_a_lora_fits_its_own_base(tmp_path):
 def test_a_lora_of_another_model_is_said_to_be_one(tmp_path, lora, base, text):
     prefix = "transformer." if "wan" in lora else "unet."
     answer = prolora.check(usual_lora(lora, prefix), base=hollow_base(tmp_path, base))
-    assert not answer and answer.match.answer == "other"
+    assert not answer and answer.base_match.answer == "other"
 
     assert re.fullmatch(text, f"{answer.mark} {answer.headline}"), str(answer)
 
@@ -76,20 +76,22 @@ def test_a_module_of_another_width_has_no_place(tmp_path):
     key = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     lora[f"{key}.lora_B.weight"] = torch.zeros(1279, 1)
     answer = prolora.check(lora, base=hollow_base(tmp_path, "sdxl"))
-    assert answer.match.answer == "in part" and "1279×1280" in str(answer)
+    assert answer.base_match.answer == "in part" and "1279×1280" in str(answer)
 
 
 def test_few_modules_that_both_have_but_that_look_like_anothers_are_unclear(tmp_path):
     lora = {k: v for k, v in usual_lora("sdxl", "unet.").items() if ".down_blocks.1." in k}
     answer = prolora.check(lora, base=hollow_base(tmp_path, "ssd-1b"))
-    assert (answer.match.answer, answer.mark) == ("unclear", "⚠") and not answer
+    assert (answer.base_match.answer, answer.mark) == ("unclear", "⚠") and not answer
 
 
 def test_modules_that_several_families_have_are_said_to_be_theirs_too(tmp_path):
     lora = {k: v for k, v in usual_lora("flux1-dev", "transformer.").items() if "_blocks.0." in k}
     for layout, also in (("flux1-dev", "Chroma"), ("chroma", "FLUX.1")):
         answer = prolora.check(lora, base=hollow_base(tmp_path, layout))
-        assert answer and also in answer.match.also and answer.match.also in answer.headline
+        assert (
+            answer and also in answer.base_match.also and answer.base_match.also in answer.headline
+        )
 
 
 def test_text_encoders_need_no_weights_in_the_base_but_must_be_its_own(tmp_path):
@@ -99,7 +101,7 @@ def test_text_encoders_need_no_weights_in_the_base_but_must_be_its_own(tmp_path)
         lora[f"{key}.lora_A.weight"] = torch.zeros(1, 768)
         lora[f"{key}.lora_B.weight"] = torch.zeros(768, 1)
     answer = prolora.check(lora, base=hollow_base(tmp_path, "sd15"))
-    missing = answer.to_dict()["match"]["without_place"]
+    missing = answer.to_dict()["base_match"]["without_place"]
     assert list(missing) == ["text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj"]
     assert "fewer than 2 text encoders" in str(answer)
 
@@ -110,7 +112,7 @@ def test_an_update_that_needs_its_base_is_placed_without_it(tmp_path):
     lora |= {k.replace("lora_B.weight", "dora_scale"): torch.ones(len(lora[k]), 1) for k in ups}
     assert prolora.check(lora, base=hollow_base(tmp_path, "sdxl"))
     other = prolora.check(lora, base=hollow_base(tmp_path, "sd15"))
-    assert other.match.answer == "other" and "Stable Diffusion XL" in str(other)
+    assert other.base_match.answer == "other" and "Stable Diffusion XL" in str(other)
 
 
 def test_an_update_beside_an_unknown_tensor_counts_as_one_without_a_place(tmp_path):
@@ -118,7 +120,7 @@ def test_an_update_beside_an_unknown_tensor_counts_as_one_without_a_place(tmp_pa
     key = next(k for k in lora if k.endswith("lora_B.weight"))
     lora[key.replace("lora_B.weight", "lora_gate")] = torch.ones(3)
     answer = prolora.check(lora, base=hollow_base(tmp_path, "sdxl"))
-    assert answer.match.answer == "in part" and "699 of 700" in str(answer)
+    assert answer.base_match.answer == "in part" and "699 of 700" in str(answer)
 
 
 @pytest.mark.parametrize("swapped", [False, True])
@@ -188,6 +190,6 @@ def test_two_bases_get_the_verdict_of_a_transfer(monkeypatch, apart):
 def test_a_lora_of_another_size_fits_with_a_word_alone(own, other, told):
     """As `bench/check_families.py` holds every size against every other."""
     lora = check_families.make_lora(own, check_families.list_kinds(own)["attention"])
-    fit = prolora.check(lora, base=check_families.make_base(other)).match
+    fit = prolora.check(lora, base=check_families.make_base(other)).base_match
     assert told in fit.sentence
     assert (fit.answer == "unclear") == ("look like" in told)

@@ -58,7 +58,7 @@ def test_a_file_with_modules_that_no_model_has_is_never_right(family, format):
 def test_a_family_or_a_size_of_it_is_a_base(family, format):
     tensors = make_file(family, format)
     title = check(tensors, base=PLAIN[family, format].layouts[0])
-    assert title.match.coverage == 1 and check(tensors, base=family).match.coverage == 1
+    assert title.base_match.coverage == 1 and check(tensors, base=family).base_match.coverage == 1
     other = "flux" if family in ("sd15", "sdxl") else "sdxl"
     if family not in ("bk-sdm", "koala", "segmind-vega", "ssd-1b", "sd21", other):
         assert check(tensors, base=other).mark == "✖"

@@ -59,9 +59,13 @@ def test_json_is_a_record_or_a_list_of_them(prolora, files):
     lora, other, base = files
     code, out, _ = prolora("check", lora, base, "--json")
     record = json.loads(out)
-    assert code == 0 and record["match"]["answer"] == "fits" and record["match"]["coverage"] == 1
+    assert (
+        code == 0
+        and record["base_match"]["answer"] == "fits"
+        and record["base_match"]["coverage"] == 1
+    )
     code, out, _ = prolora("check", lora, other, base, "--json")
-    assert code == 3 and [r["match"]["answer"] for r in json.loads(out)] == ["fits", "in part"]
+    assert code == 3 and [r["base_match"]["answer"] for r in json.loads(out)] == ["fits", "in part"]
 
 
 def test_a_base_that_is_not_there_ends_in_2(prolora, files):

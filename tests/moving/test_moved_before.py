@@ -227,6 +227,9 @@ def test_a_list_of_earlier_moves_that_nobody_made_costs_no_time(files, tmp_path)
 def test_a_check_tells_the_old_base_from_the_one_that_it_was_moved_to(files):
     moved, a, b, _ = files
     old, new = prolora.check(moved, base=a), prolora.check(moved, base=b)
-    assert new and new.fit.moved_to == ""
-    assert not old and old.match.moved_to == "b.safetensors" == old.to_dict()["match"]["moved_to"]
+    assert new and new.base_match.moved_to == ""
+    assert (
+        not old
+        and old.base_match.moved_to == "b.safetensors" == old.to_dict()["base_match"]["moved_to"]
+    )
     assert str(old).startswith("⚠") and "have their place, but it was moved to b.safe" in str(old)

@@ -78,7 +78,7 @@ def check(
         if opened is None or result.kind != "lora":
             return replace(result, reason=result.reason or "a whole model; compare a LoRA with it")
         if base is not None:
-            result = replace(result, match=_match_base(opened, base))
+            result = replace(result, base_match=_match_base(opened, base))
         if source is not None and target is not None:
             from ..verbs.options import TransferOptions
 

@@ -88,7 +88,7 @@ class Check:
     skipped: dict[str, int] | None = None
     convertible: bool = False  # whether it reads all of what `convert` makes for it
     defects: tuple[Defect, ...] = ()
-    match: BaseMatch | None = None  # whether it is for the base that was given
+    base_match: BaseMatch | None = None  # whether it is for the base that was given
     move: Sentence | None = None  # what a transfer between two bases would say
 
     @property
@@ -115,11 +115,11 @@ class Check:
         if self.reason or self.kind == "unknown":
             return [("✖", self.reason.removeprefix(f"{self.path}: ") or _KINDS[self.kind])]
         verdicts = [(self.move.mark, self.move.headline)] if self.move else []
-        verdicts += [(self.match.mark, self.match.sentence)] if self.match else []
+        verdicts += [(self.base_match.mark, self.base_match.sentence)] if self.base_match else []
         if self.kind == "lora":
             verdicts += [self._judge_program()] if self.program else []
             # A base that was compared decides, and another question than programs was asked.
-            compared = self.move is not None or (self.match is not None and bool(self.match.modules))
+            compared = self.move is not None or bool(self.base_match and self.base_match.modules)
             verdicts += [] if compared else [self._judge_place()]
             is_identified = bool(self.families) and not (compared or self.program)
             verdicts += [self._judge_readers()] if is_identified else []
@@ -237,7 +237,7 @@ class Check:
     def to_dict(self) -> dict[str, Any]:
         """Returns everything, ready for JSON."""
         values = asdict(self) | {"readers": self.readers._asdict(), "family": self.family}
-        values["match"] = self.match and self.match.to_dict()
+        values["base_match"] = self.base_match and self.base_match.to_dict()
         return values | {"mark": self.mark, "headline": self.headline, "ok": bool(self)}
 
 
