@@ -22,14 +22,19 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks, and asks
 def attack(monkeypatch):
     """The harnesses, as modules."""
     monkeypatch.syspath_prepend(str(ATTACK))
-    import damage
-    import foreign
-    import kills
+    import damage_loras
+    import foreign_files
+    import kills_commands
     import sandbox
 
     monkeypatch.setattr(sandbox, "SECONDS", 1.0)
     monkeypatch.setattr(sandbox, "MEGABYTES", 150)
-    return {"damage": damage, "foreign": foreign, "kills": kills, "sandbox": sandbox}
+    return {
+        "damage": damage_loras,
+        "foreign": foreign_files,
+        "kills": kills_commands,
+        "sandbox": sandbox,
+    }
 
 
 @pytest.fixture
@@ -114,10 +119,10 @@ def test_a_command_that_ends_badly_is_seen(attack, box, monkeypatch, does, verdi
 
 
 def run_damage(attack, box, monkeypatch, main):
-    damage = attack["damage"]
     monkeypatch.setattr(attack["sandbox"].cli, "main", main)
-    form = next(form for form in damage.FORMATS if form.name == "LoRA, kohya")
-    return damage.run_format(form, box, 0.1, 0)
+    row = attack["sandbox"].Row("damage", "LoRA, kohya", scale=0.1)
+    attack["damage"].CASES[row.case](box, row)
+    return row
 
 
 def test_another_result_without_a_word_is_silent(attack, box, monkeypatch):
@@ -156,8 +161,9 @@ def test_a_foreign_file_that_is_replaced_is_seen(attack, box, monkeypatch):
         (box.out / "moved.json").write_text("{}")
 
     monkeypatch.setattr(attack["sandbox"].cli, "main", main)
-    monkeypatch.setitem(foreign.COMMANDS, "writer", (lambda box: None, lambda box: []))
-    row = foreign.run_command("writer", box, 1.0, 0)
+    monkeypatch.setitem(foreign.COMMANDS, "writer", lambda box: [])
+    row = attack["sandbox"].Row("foreign", "writer")
+    foreign.run_command("writer", box, row)
     assert row.runs == row.counts["replaced"] == len(foreign.FOREIGN)
 
 
@@ -175,8 +181,8 @@ def test_a_result_that_is_written_in_two_parts_is_seen_half(attack, box, monkeyp
         result.write_bytes(data)
 
     monkeypatch.setattr(attack["sandbox"].cli, "main", main)
-    scenario = kills.Scenario("writer", lambda box: None, lambda box: [], 8)
-    row = kills.run_scenario(scenario, box, 1.0, 0)
+    row = attack["sandbox"].Row("kills", "writer")
+    kills.Kills(lambda box: None, lambda box: [], 8)(box, row)
     assert row.runs == 8 and 2 < row.counts["partial"] <= 8
 
 

@@ -64,3 +64,9 @@ def test_a_new_promise_is_seen():
     said = list_sentences(ROOT / "SECURITY.md")
     assert any("follow a path or link in it out of the folder" in sentence for sentence in said)
     assert PROMISE.search("It never does.") and not PROMISE.search("all at once, now")
+
+
+def test_every_chosen_mutant_stands_once_in_its_file_and_names_tests_that_exist():
+    for mutant in json.loads((ROOT / "tests/attack/mutants.json").read_text("utf-8"))["chosen"]:
+        assert (ROOT / mutant["file"]).read_text("utf-8").count(mutant["old"]) == 1, mutant
+        assert all((ROOT / name).is_file() for name in mutant["tests"]), mutant

@@ -1,10 +1,9 @@
 """A command line in a process of its own, what it left behind, and how that is counted.
 
-A box is a folder in which everything of one run lies: `in/` the inputs, `out/` the results,
-`cache/`, and folders that stand for the user's home and for temporary files. It has the same path
-in every run, since plans hold paths. The process is forked from this one, which has imported all
-that is slow, so that a run costs what the command itself costs; its memory and its time are
-bounded, and what it prints is kept.
+A box is a folder with everything of one run: `in/` the inputs, `out/` the results, `cache/`, and
+folders for the user's home and for temporary files. It has the same path in every run, since
+reports hold paths. The process is forked from this one, which has imported all that is slow; its
+memory and its time are bounded, and what it prints is kept.
 """
 
 from __future__ import annotations
@@ -46,27 +45,8 @@ MEGABYTES = 700
 """More than any command here needs; the address space has room for three times as much."""
 
 GOOD = ("equal", "stated", "refused", "done")
-BAD = (
-    "partial",
-    "lost",
-    "replaced",
-    "twice",
-    "silent",
-    "hang",
-    "traceback",
-    "executed",
-    "outside",
-    "escape",
-    "memory",
-    "wordless",
-)
-"""What no run may end in; `__main__.py` says what each means."""
-
-CONTROLS = ("\x1b[31m", "\x07", "\x9b2J", "\u202e", "\u2028")
-"""What the files here have that a terminal would obey; libraries colour their own words."""
-
-_UNHANDLED = 97
-_SHOWN = 4
+Words = list[object]
+_UNHANDLED, _SHOWN = 97, 4
 
 
 @dataclass(frozen=True)
@@ -75,70 +55,70 @@ class Run:
 
     code: int  # its exit code; negative for the signal that ended it
     text: str  # what it printed
-    seconds: float  # how long it took
     megabytes: float  # how far its memory rose above that of this process
     hung: bool = False  # whether it was ended at its time limit
-
-    @property
-    def excerpt(self) -> str:
-        """The end of what it printed; of one that waited, the innermost of where it stood."""
-        text = self.text.strip()
-        return text[:700] if self.hung else text[-700:]
 
 
 @dataclass
 class Row:
     """The figures of one case of a harness."""
 
-    harness: str  # its name
-    case: str  # what was attacked
-    runs: int = 0  # how many commands were judged
+    harness: str
+    case: str
+    runs: int = 0
     counts: Counter[str] = field(default_factory=Counter)  # verdict -> how many of them
-    # the first few of each bad verdict: what was done and what came of it
-    findings: list[dict[str, str]] = field(default_factory=list)
-    seconds: float = 0.0  # wall time
-    facts: dict[str, Any] = field(default_factory=dict)  # further numbers
-    seed: int = 0  # of its random numbers
+    findings: list[dict[str, str]] = field(default_factory=list)  # the first of each bad verdict
+    seconds: float = 0.0
+    facts: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
     scale: float = 1.0  # of its number of runs
 
+    def random(self, *place: object) -> Random:
+        """Random numbers that depend on the seed and the place alone: a case can be rerun."""
+        return Random("/".join(map(ascii, (self.seed, *place))))
+
+    def wants(self, *place: object) -> bool:
+        """Whether a run is among those of a scale below 1."""
+        return self.random(*place).random() < self.scale
+
+    def count(self, most: int) -> int:
+        return max(2, round(most * self.scale))
+
     def add(self, verdicts: Sequence[str], how: str, run: Run | None = None) -> None:
-        """Counts a run, and keeps what was done where that should not have been."""
         self.runs += 1
         for verdict in dict.fromkeys(verdicts):
             self.counts[verdict] += 1
             if verdict not in GOOD and self.counts[verdict] <= _SHOWN:
-                said = "" if run is None else f"exit {run.code}: {run.excerpt}"
+                text = "" if run is None else run.text.strip()
+                # Of one that waited, the innermost place comes first.
+                said = text[:700] if run and run.hung else text[-700:]
+                said = f"exit {run.code}: {said}" if run else ""
                 self.findings.append({"verdict": verdict, "how": how, "said": said})
 
     @property
     def bad(self) -> int:
-        """How many verdicts should not have been."""
         return sum(number for verdict, number in self.counts.items() if verdict not in GOOD)
 
     def to_json(self) -> str:
-        """One line."""
         return json.dumps(vars(self) | {"bad": self.bad})
 
     @classmethod
     def from_json(cls, line: str) -> Row:
-        """Reads what `to_json` gave."""
-        known = json.loads(line)
-        del known["bad"]
-        return cls(**known | {"counts": Counter(known["counts"])})
+        facts = json.loads(line)
+        del facts["bad"]
+        return cls(**facts | {"counts": Counter(facts["counts"])})
 
 
 class Box:
     """The folder of a run, made anew for each."""
 
     def __init__(self, work: Path) -> None:
-        """Takes a folder that nothing else uses."""
         self.work, self.root = work, work / "box"
         self.out, self.inputs, self.cache = (self.root / n for n in ("out", "in", "cache"))
-        self.canary = work / "canary"
-        self.saved = 0
+        self.canary, self.saved = work / "canary", 0
 
     def begin(self, template: Path | None = None) -> None:
-        """Empties the box, and fills it with what `keep` gave."""
+        """Empties the box, and fills it with what `keep` returned."""
         if self.root.exists():
             shutil.rmtree(self.root)
         if template is not None:
@@ -152,15 +132,20 @@ class Box:
         self.saved += 1
         return Path(shutil.copytree(self.root, self.work / f"kept-{self.saved}", symlinks=True))
 
+    def fill(self, *prepare: Callable[[Box], object]) -> Path:
+        """Begins, prepares, and keeps."""
+        self.begin()
+        for step in prepare:
+            step(self)
+        return self.keep()
+
     def start(self, words: Sequence[object]) -> int:
-        """Starts a command and gives its process."""
+        """Starts a command and returns its process."""
         return fork(lambda: self._run_main(words), self.work / "said")
 
     def run(self, *words: object, seconds: float = SECONDS) -> Run:
-        """Runs a command to its end, or to its time limit."""
-        began, before = time.monotonic(), _resident()
-        pid = self.start(words)
-        return wait(pid, self.work / "said", began, before, seconds)
+        began, before = time.monotonic(), _pages(1) / 1024**2
+        return wait(self.start(words), self.work / "said", began, before, seconds)
 
     def must(self, *words: object) -> Run:
         """Runs a command that has nothing to complain of: otherwise nothing here is tested.
@@ -168,9 +153,26 @@ class Box:
         A migration with a refused LoRA in it says so in its exit code.
         """
         run = self.run(*words, seconds=10 * SECONDS)
-        if run.code and not (run.code == 2 and words[0] == "migrate"):
+        if run.hung or (run.code and not (run.code == 2 and words[0] == "migrate")):
             raise RuntimeError(f"{words} ended in {run.code}: {run.text}")
         return run
+
+    def attack(
+        self,
+        row: Row,
+        words: Sequence[object],
+        how: str,
+        judge: Callable[[Run], list[str]] | None = None,
+        seconds: float = SECONDS,
+        results: Path | None = None,
+    ) -> None:
+        """Runs a command and counts how it ended; `judge` looks at what ended as it should."""
+        before = self.look(results)
+        run = self.run(*words, seconds=seconds)
+        verdicts = judge_ending(self, run, before, results)
+        if not verdicts:
+            verdicts = judge(run) if judge else ["refused" if run.code else "done"]
+        row.add(verdicts, how, run)
 
     def _run_main(self, words: Sequence[object]) -> None:
         os.chdir(self.root)
@@ -186,7 +188,7 @@ class Box:
         cli.main()
 
     def look(self, results: Path | None = None) -> dict[str, str]:
-        """What lies in the box outside the results and the caches: path -> what it is."""
+        """What is in the box outside the results and the caches: path -> what it is."""
         mine = ((results or self.out).relative_to(self.root).as_posix(), "cache", "home/cache")
         return {
             name: what
@@ -231,14 +233,12 @@ def fork(action: Callable[[], None], said: Path) -> int:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        sys.stdout, sys.stderr = (
-            open(number, "w", encoding="utf-8", errors="replace", closefd=False)
-            for number in (1, 2)
-        )
+        words = {"encoding": "utf-8", "errors": "replace", "closefd": False}
+        sys.stdout, sys.stderr = (open(number, "w", **words) for number in (1, 2))
         logging.getLogger().handlers.clear()  # what was set up in this process writes elsewhere
         faulthandler.enable(file=sys.stderr)
         faulthandler.register(signal.SIGUSR1, file=sys.stderr)
-        room = _address_space() + 3 * MEGABYTES * 1024**2
+        room = _pages(0) + 3 * MEGABYTES * 1024**2
         resource.setrlimit(resource.RLIMIT_AS, (room, room))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         action()
@@ -256,7 +256,7 @@ def fork(action: Callable[[], None], said: Path) -> int:
 
 
 def wait(pid: int, said: Path, began: float, before: float, seconds: float) -> Run:
-    """Waits for a process; at the time limit it says where it stands, and is ended."""
+    """Waits for a process; at the time limit it prints where it is, and is ended."""
     hung = False
     while True:
         done, status, usage = os.wait4(pid, os.WNOHANG)
@@ -270,9 +270,8 @@ def wait(pid: int, said: Path, began: float, before: float, seconds: float) -> R
             os.killpg(pid, signal.SIGKILL)
         time.sleep(0.001)
     text = said.read_text(errors="replace") if said.exists() else ""
-    code = os.waitstatus_to_exitcode(status)
     risen = max(0.0, usage.ru_maxrss / 1024 - before)
-    return Run(code, text, time.monotonic() - began, risen, hung)
+    return Run(os.waitstatus_to_exitcode(status), text, risen, hung)
 
 
 def _waited(pid: int) -> float:
@@ -280,13 +279,9 @@ def _waited(pid: int) -> float:
     return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
 
 
-def _resident() -> float:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize() / 1024**2
-
-
-def _address_space() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+def _pages(column: int) -> int:
+    """Bytes of the address space (0), or of what is resident of it (1)."""
+    return int(Path("/proc/self/statm").read_text().split()[column]) * resource.getpagesize()
 
 
 def look_at(folder: Path) -> dict[str, str]:
@@ -304,7 +299,6 @@ def look_at(folder: Path) -> dict[str, str]:
 
 
 def digest(data: bytes) -> str:
-    """SHA-256."""
     return hashlib.sha256(data).hexdigest()
 
 
@@ -312,30 +306,19 @@ def judge_ending(
     box: Box, run: Run, before: dict[str, str], results: Path | None = None
 ) -> list[str]:
     """The bad verdicts that need no comparison of results."""
-    verdicts = []
-    crashed = run.code in (_UNHANDLED,) or (run.code < 0 and not run.hung)
-    if crashed or "Traceback (most recent call last)" in run.text:
-        verdicts.append("traceback")
-    if run.hung:
-        verdicts.append("hang")
-    if box.canary.exists():
-        verdicts.append("executed")
     after = box.look(results)
-    if before.items() - after.items():
-        verdicts.append("lost")
-    if {n for n in after.keys() - before.keys() if not n.startswith(("tmp", "home"))}:
-        verdicts.append("outside")
-    if run.megabytes > MEGABYTES:
-        verdicts.append("memory")
-    if any((ord(c) < 32 and c not in "\n\r\t") or 127 <= ord(c) < 160 for c in run.text):
-        verdicts.append("escape")
-    if run.code > 0 and not run.text.strip():
-        verdicts.append("wordless")
-    if list(box.root.rglob(".prolora-*.tmp")):
-        verdicts.append("partial")
-    return verdicts
-
-
-def choose(seed: int, *place: object) -> Random:
-    """Random numbers that depend on the seed and the place alone, so that a case can be rerun."""
-    return Random("/".join(map(ascii, (seed, *place))))
+    crashed = run.code == _UNHANDLED or (run.code < 0 and not run.hung)
+    control = any((ord(c) < 32 and c not in "\n\r\t") or 127 <= ord(c) < 160 for c in run.text)
+    new = {n for n in after.keys() - before.keys() if not n.startswith(("tmp", "home"))}
+    verdicts = {
+        "traceback": crashed or "Traceback (most recent call last)" in run.text,
+        "hang": run.hung,
+        "executed": box.canary.exists(),
+        "lost": before.items() - after.items(),
+        "outside": new,
+        "memory": run.megabytes > MEGABYTES,
+        "escape": control,
+        "wordless": run.code > 0 and not run.text.strip(),
+        "partial": list(box.root.rglob(".prolora-*.tmp")),
+    }
+    return [name for name, found in verdicts.items() if found]

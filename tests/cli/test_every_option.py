@@ -1,6 +1,5 @@
 """No value of any option, and of no keyword, ends in anything but a result or a sentence."""
 
-import sys
 from pathlib import Path
 from random import Random
 
@@ -15,12 +14,10 @@ SAMPLE = 5000 if AT_NIGHT else 150
 def options(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "attack"))
     monkeypatch.chdir(tmp_path)
-    import options
+    import options_values
 
-    options.write_files(tmp_path)
-
-    yield options
-    del sys.modules["options"]
+    options_values.write_files(tmp_path)
+    return options_values
 
 
 def test_no_value_of_a_keyword_ends_in_a_bare_error(options, tmp_path):

@@ -42,21 +42,8 @@ THINGS = [None, True, *NUMBERS, *TEXTS, [], {}, (), b"x", (1,), ["x"], {"a": Non
 THINGS += [object(), lambda *_: None]
 NUMBERED = count()
 """Of outputs, so that none exists."""
-WORDS = [
-    "",
-    "x",
-    "nan",
-    "-1",
-    "0",
-    "1e999",
-    "5e-324",
-    "9" * 309,
-    "½",
-    "inf",
-    ",;=",
-    "a/b@c",
-    "../x",
-]
+WORDS = ["", "x", "nan", "-1", "0", "1e999", "5e-324", "9" * 309, "½", "inf", ",;=", "a/b@c"]
+WORDS += ["../x"]
 TO_BASES = ["LORA", "--source", "SOURCE", "--target", "TARGET"]
 LINES = {
     "convert": ["LORA"],
@@ -149,11 +136,8 @@ def try_word(folder: Path, name: str, option: str, word: str | None) -> str:
     return "refused" if code else "done"
 
 
-def run_case(name: str, box: Box, scale: float, seed: int) -> Row:
+def run_case(name: str, box: Box, row: Row) -> None:
     """All values of one verb or command; fewer at a scale below 1."""
-    from sandbox import Row
-
-    row = Row("options", name)
     box.begin()
     write_files(box.inputs)
     cases: list[tuple[str, Callable[[], str]]] = [
@@ -169,15 +153,12 @@ def run_case(name: str, box: Box, scale: float, seed: int) -> Row:
         if f"prolora {command}" == name
     ]
     os.chdir(box.out)
-    for how, run in Random(seed).sample(cases, max(1, int(min(1, scale) * len(cases)))):
+    for how, run in Random(row.seed).sample(cases, max(1, int(min(1, row.scale) * len(cases)))):
         verdict = run()
         bad = {"wordless": "wordless"}.get(verdict, "traceback")
         row.add([verdict if verdict in ("done", "refused") else bad], f"{how}: {verdict}")
     os.chdir(box.work.parent)  # the box will be gone
-    return row
 
 
-def list_cases() -> dict[str, Callable[[Box, float, int], Row]]:
-    """Name -> what runs it."""
-    names = [*VERBS, *(f"prolora {name}" for name in COMMANDS if name != "demo")]
-    return {name: partial(run_case, name) for name in names}
+NAMES = (*VERBS, *(f"prolora {name}" for name in COMMANDS if name != "demo"))
+CASES = {name: partial(run_case, name) for name in NAMES}
