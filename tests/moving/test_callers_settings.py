@@ -8,12 +8,11 @@ from safetensors.torch import load_file
 import prolora
 
 
-@pytest.mark.parametrize("options", [{}, {"method": "prolora"}, {"match": "similarity"}], ids=str)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast_changes_no_bit_of_a_result(tmp_path, options, dtype):
+@pytest.mark.parametrize("options", [{"method": "prolora"}, {"match": "similarity"}], ids=str)
+def test_autocast_changes_no_bit_of_a_result(tmp_path, options):
     bases = lora, source, target = write_case(tmp_path)
     plain = prolora.transfer(*bases, **options)
-    with torch.autocast("cpu", dtype):
+    with torch.autocast("cpu", torch.bfloat16):
         found = prolora.transfer(*bases, **options)
         plan = prolora.transfer(*bases, **options, dry_run=True).report
         tensors = found.state_dict()
@@ -28,11 +27,7 @@ def test_autocast_changes_no_bit_of_a_result(tmp_path, options, dtype):
 def test_the_callers_default_device_changes_no_bit_of_a_result(tmp_path):
     """The meta device stands for a GPU that torch makes tensors on by default."""
     lora, source, target = write_case(tmp_path)
-    options = [
-        {"method": "copy"},
-        {"method": "prolora", "out_rank": "50%"},
-        {"match": "similarity", "out_rank": 0.9},
-    ]
+    options = [{"method": "prolora", "out_rank": "50%"}, {"match": "similarity", "out_rank": 0.9}]
     plain = [prolora.transfer(lora, source, target, **each).state_dict() for each in options]
     with torch.device("meta"):
         assert not prolora.check(lora).reason

@@ -14,11 +14,10 @@ from safetensors.torch import load_file, save_file
 from small_models import small_weights
 
 import prolora
-from prolora.adapters import Adapter, read_adapter, write_adapter
+from prolora import Adapter, LowRank, check
+from prolora.adapters import read_adapter, write_adapter
 from prolora.architectures.families import known_families
 from prolora.architectures.identify import Model
-from prolora.checking.check import check
-from prolora.core.lowrank import LowRank
 from prolora.errors import OutputError
 
 ICONS = Path(__file__).parents[2] / "examples" / "icon_family" / "weights"

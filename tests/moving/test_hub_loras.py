@@ -12,11 +12,9 @@ import pytest
 from hubs import ask_client
 from mini import write_case
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
 import prolora
 from prolora.adapters.adapter_folder import DIFFUSERS_WEIGHTS, PEFT_CONFIG, PEFT_WEIGHTS
-from prolora.cli.app import app
 from prolora.files import hub
 from prolora.fleet.listing import list_loras
 
@@ -219,39 +217,6 @@ def test_every_verb_takes_an_id(cloud, case):
     assert prolora.merge([id_, lora], source, out="m.safetensors").report.modules
 
 
-def test_a_name_that_cannot_be_looked_at_or_is_no_id_fails_alone(cloud, case):
-    lora, source, target = case
-    publish(cloud, lora, SOLE, repo="a/one")
-    wrong = ["a" * 300 + "/b", "a" * 300 + ".safetensors", "hf://c", "hf://org/m@a b/d"]
-    done = prolora.transfer_many(["a/one", *wrong], source, target, "out")
-    assert [one.status for one in done] == ["moved", *["failed"] * len(wrong)]
-    assert all(isinstance(one.error, prolora.errors.UnsupportedFormat) for one in done[1:])
-    for one in done[3:]:
-        name = one.to_dict()["lora"]
-        assert name in wrong and str(one.error).startswith(f"{name}: a hub id is hf://org/name")
-
-
-def test_what_is_written_as_a_path_on_the_command_line_is_not_either(cloud, case, monkeypatch):
-    """Typed so, it can only lie here; a `Path` made of it looks like an id."""
-    _, source, target = case
-    cloud.refusal = AssertionError("the hub was asked")
-    bases = ["--source", str(source), "--target", str(target)]
-    names = ["./org/a", "../org/c", "~/org", "/org/a", "org//a", "org/b/", ".\\org\\a"]
-    for name in names:
-        for line in (
-            ["transfer", name, *bases, "-o", "moved.safetensors"],
-            ["transfer", name, *bases, "--dry-run"],
-            ["check", name, *bases],
-            ["check", name, "--base", str(source)],
-            ["check", name],
-            ["convert", name, "-o", "converted.safetensors"],
-        ):
-            monkeypatch.setattr("sys.argv", ["prolora", *line])
-            stop = CliRunner().invoke(app, line)
-            assert isinstance(stop.exception, prolora.errors.MissingFile), (line, stop.output)
-            assert "Hub" not in str(stop.exception)
-
-
 def test_an_id_keeps_its_slashes_in_a_path_of_windows(cloud):
     for name in ("org/style", "org/style@v1.5", "hf://org/style@v1/a/b.safetensors"):
         path = PureWindowsPath(name)
@@ -263,16 +228,15 @@ def test_an_id_keeps_its_slashes_in_a_path_of_windows(cloud):
         assert hub.find_hub_id(path) is None and hub.spell_path(path) == str(path)
 
 
-@pytest.mark.parametrize("method", ["auto", "best"])
 def test_a_batch_names_results_by_the_ids_goes_on_where_it_was_and_passes_by_what_fails(
-    cloud, case, method
+    cloud, case
 ):
     lora, source, target = case
     publish(cloud, lora, SOLE)
     publish(cloud, lora, "a.safetensors", "b.safetensors", repo="org/two")
     loras = ["org/style-v1.5@v2", "org/two", "hf://org/two/a.safetensors", lora]
     for status in ("moved", "already there"):
-        done = prolora.transfer_many(loras, source, target, "out", method=method)
+        done = prolora.transfer_many(loras, source, target, "out")
         assert [one.status for one in done] == [status, "failed", status, status]
     assert [one.out.stem for one in done] == ["style-v1.5", "two", "a", "lora"]
     told = [one.to_dict()["lora"] for one in done]
@@ -289,13 +253,6 @@ def test_a_collection_takes_bare_ids_and_collections_of_the_hub(cloud, case):
     cloud.collections["org/best-1"] = SimpleNamespace(items=[*items, data])
     assert list_loras("hf://collections/org/best-1") == [*found, other]
     assert not any(name.endswith(".png") for name in cloud.fetched)
-
-
-def test_a_line_of_a_list_may_be_an_id_unless_it_lies_below_the_list(cloud, case):
-    found = publish(cloud, case[0], SOLE) / SOLE
-    Path("lists/mine").mkdir(parents=True)
-    Path("lists/all.txt").write_text(f"org/style-v1.5\nmine/gone\n{case[0]}\n")
-    assert list_loras("lists/all.txt") == [found, Path("lists/mine/gone").absolute(), case[0]]
 
 
 def test_a_line_that_the_hub_does_not_give_is_refused_alone(cloud, case):
@@ -339,18 +296,6 @@ def test_without_the_client_the_message_says_how_to_get_it(cloud, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(prolora.errors.MissingFile, match="pip install huggingface_hub,"):
         prolora.check("org/name")
-
-
-def test_two_of_one_name_that_are_no_ids_fail_alone_too(cloud, case):
-    lora, source, target = case
-    publish(cloud, lora, SOLE, repo="a/one")
-    wrong = ["hf://b@x y/one", "hf://c@x y/one", "hf://b@x y/one"]
-    for method in ("auto", "best"):
-        done = prolora.transfer_many(["a/one", *wrong], source, target, method, method=method)
-        assert [one.status for one in done] == ["moved", "failed", "failed", "failed"]
-        assert all("a hub id is hf://org/name" in str(one.error) for one in done[1:])
-    fitted = prolora.fit_many(wrong, source, target, "fitted")
-    assert all("a hub id is hf://org/name" in str(one.error) for one in fitted)
 
 
 def test_what_is_written_as_a_path_is_not_asked_for_on_the_hub(cloud, case):

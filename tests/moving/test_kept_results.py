@@ -6,6 +6,7 @@ import random
 import shutil
 
 import pytest
+from lora_files import read_header
 from mini import lora_tensors, shapes, source_weights, target_weights
 from safetensors.torch import load_file, save_file
 
@@ -13,7 +14,7 @@ import prolora
 from prolora.errors import OutputExists
 from prolora.files.safetensors_file import SafetensorsFile
 
-ALL, FEW = shapes(3), list(shapes(3))[:5]
+FEW = list(shapes(3))[:5]
 
 
 def flip(file, place):
@@ -104,12 +105,12 @@ def is_kept(door, folder):
         return False
 
 
-def list_places(folder):
-    """(file, byte, whether a transfer of the LoRA reads it, what it is), of all files."""
+def list_places(folder, few=False):
+    """(file, byte, whether a transfer reads it, what it is), of all files or of a few."""
     drawn = random.Random(0)
-    for file in sorted(folder.glob("*/unet/*.safetensors")):
+    for file in sorted(folder.glob("*/unet/*.safetensors"))[:: 2 if few else 1]:
         opened = SafetensorsFile(file)
-        for name, info in opened.tensors.items():
+        for name, info in [*opened.tensors.items()][:: 4 if few else 1]:
             place = opened.data_start + drawn.randrange(info.start, info.stop)
             yield file, place, name.removesuffix(".weight") in FEW, name
         yield file, file.read_bytes().index(b'"pt"') + 1, True, "the header"
@@ -127,7 +128,7 @@ def test_any_byte_that_was_read_makes_a_result_of_its_own_and_no_other_byte_does
     shutil.copytree(made, folder)
     assert is_kept(door, folder)  # wherever the files are
     named = set()  # weights that name a base are read as well
-    for file, place, used, name in list_places(folder):
+    for file, place, used, name in list_places(folder, few=door != "out"):
         data = file.read_bytes()
         flip(file, place % len(data))
         kept = is_kept(door, folder)
@@ -146,7 +147,7 @@ def test_what_another_version_made_or_another_configuration_asks_for_is_not_kept
     folder = tmp_path / "copy"
     shutil.copytree(made, folder)
     out, lora = folder / "out.safetensors", folder / "lora.safetensors"
-    header = SafetensorsFile(out).metadata
+    header = read_header(out)
     save_file(load_file(out), out, header)
     assert by_out(folder)
     save_file(load_file(out), out, header | {"prolora.version": "0.0.1"})

@@ -64,21 +64,21 @@ def test_every_option_that_a_message_names_is_one_in_python_and_a_flag():
     assert len(named) > 15
     fields = dataclasses.fields(prolora.TransferOptions)
     unflagged = {field.name for field in fields if not field.metadata["shown"].panel}
+    options, flags = list_options(), list_flags()
     for name, value in named:
         if value == "()":
             assert callable(getattr(prolora, name))
             continue
         # A name alone may also be of something else in Python.
-        assert name in list_options() | unflagged or not value, name
-    flags = list_flags()
-    for option in list_options():
+        assert name in options | unflagged or not value, name
+    for option in options:
         assert write_flag(option) in flags, option
     keywords = {field.name for field in dataclasses.fields(prolora.TransferOptions)}
     for function in (prolora.check, prolora.migrate):
         keywords |= set(inspect.signature(function).parameters)
-    for options in (prolora.FitOptions, prolora.MergeOptions, ConvertOptions):
-        keywords |= {field.name for field in dataclasses.fields(options)}
-    told = {name for name, value in named if value != "()" and (value or name in list_options())}
+    for taken in (prolora.FitOptions, prolora.MergeOptions, ConvertOptions):
+        keywords |= {field.name for field in dataclasses.fields(taken)}
+    told = {name for name, value in named if value != "()" and (value or name in options)}
     assert told <= keywords
 
 

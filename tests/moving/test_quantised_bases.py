@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from diagonal import pair_up
 from mini import lora_tensors, source_weights, target_weights, write_case
 from safetensors.torch import save_file
 
@@ -65,8 +64,10 @@ def mix_dtypes(weights, dtypes):
     return mixed, {key: weight.float() for key, weight in mixed.items()}
 
 
-@pytest.mark.parametrize(("dtypes", "method"), pair_up(MIXTURES, ["prolora", "auto"]))
-@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize(
+    ("dtypes", "method", "kept"),
+    [(MIXTURES[0], "prolora", True), (MIXTURES[1], "prolora", False), (MIXTURES[2], "auto", False)],
+)
 def test_layers_of_several_dtypes_are_moved_as_their_values(tmp_path, dtypes, method, kept, aged):
     lora, _, _ = write_case(tmp_path)
     source, target = source_weights().items(), target_weights().items()

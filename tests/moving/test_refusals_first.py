@@ -9,13 +9,13 @@ from functools import partial
 
 import pytest
 import torch
-from mini import lora_tensors, shapes, write_case
+from lora_files import read_lora
+from mini import shapes, write_case
 from safetensors.torch import load_file, save_file
 
 import prolora
-from prolora import errors
-from prolora.adapters.lora import Lora
-from prolora.bases import identity, memory
+from prolora import Lora, errors
+from prolora.bases import identity
 from prolora.bases.leaves import Leaves
 
 
@@ -186,15 +186,6 @@ def test_the_bases_are_hashed_for_a_result(case, tmp_path, unhashed):
         prolora.transfer(*case, out=tmp_path / "out.safetensors")
 
 
-def test_a_result_of_another_lora_is_told_without_hashing_a_base(case, tmp_path, monkeypatch):
-    lora, source, target = case
-    prolora.transfer_many([lora], source, target, tmp_path / "moved")
-    save_file(lora_tensors(2) | SURPRISES, lora)
-    monkeypatch.setattr(Leaves, "digest", lambda *a: pytest.fail("a base was hashed"))
-    (outcome,) = prolora.transfer_many([lora], source, target, tmp_path / "moved")
-    assert outcome.status == "failed"
-
-
 @pytest.mark.skipif(os.name == "nt", reason="names are Unicode there")
 def test_a_base_folder_whose_name_is_no_text_can_be_used(case, tmp_path):
     lora, source, target = case
@@ -206,7 +197,7 @@ def test_a_base_folder_whose_name_is_no_text_can_be_used(case, tmp_path):
     out = tmp_path / "out.safetensors"
     report = prolora.transfer(lora, source, odd, out=out).report
     report.save(tmp_path / "report.json")
-    assert set(prolora.adapters.read_adapter(out).updates) == set(shapes(2))
+    assert set(read_lora(out).updates) == set(shapes(2))
     (outcome,) = prolora.transfer_many([lora], source, odd, tmp_path / "moved")
     assert outcome.status == "moved"
 
@@ -225,19 +216,6 @@ def test_where_no_module_has_a_place_dry_run_and_transfer_refuse(case, tmp_path,
             run(lora, source, target)
     (outcome,) = prolora.transfer_many([lora], source, target, tmp_path / "out")
     assert isinstance(outcome.error, errors.ShapeMismatch)
-
-
-def test_memory_for_the_method_is_refused_before_the_weights_are_compared(
-    case, no_weight, monkeypatch
-):
-    """The bound holds a comparison of the weights, and not their subspaces."""
-    monkeypatch.setattr(memory, "resident_bytes", lambda: 0)
-    limit = memory.SLACK + 100_000
-    memory.Memory(limit).check([(24, 96)], "affinity")
-    with pytest.raises(errors.TooLittleMemory):
-        memory.Memory(limit).check([(24, 96)], "bases")
-    with pytest.raises(errors.TooLittleMemory):
-        prolora.transfer(*case, method="prolora", max_memory=limit)
 
 
 @pytest.mark.parametrize("folder", [False, True], ids=["file", "PEFT folder"])

@@ -7,6 +7,7 @@ import pytest
 import reference
 import torch
 from diagonal import pair_up
+from lora_files import read_header, read_lora
 from mini import (
     lora_tensors,
     shapes,
@@ -18,7 +19,6 @@ from mini import (
 
 import prolora
 from prolora import errors
-from prolora.files.safetensors_file import SafetensorsFile
 
 BY_BASES = [name for name, method in prolora.METHODS.items() if method.split]
 
@@ -46,7 +46,7 @@ def test_the_written_file_holds_the_update_of_the_dense_formula(case, tmp_path, 
     out = tmp_path / ("out" if format == "peft" else "out.safetensors")
     chosen = {"method": method, "format": format, "threshold": 0, "rank": 0.9}
     prolora.transfer(lora, source, target, out=out, **chosen)
-    back = prolora.adapters.read_adapter(out)
+    back = read_lora(out)
     assert set(back.updates) == set(shapes(2))
     for name, update in back.updates.items():
         expected = expected_update(name, method=method)
@@ -118,7 +118,7 @@ def test_a_dry_run_has_the_keys_of_a_real_one_and_reads_no_weight(case, monkeypa
 def test_copy_is_bit_for_bit_the_input_on_the_paired_modules(case):
     lora, source, target = case
     done = prolora.transfer(lora, source, target, method="copy")
-    before = prolora.adapters.read_adapter(lora)
+    before = read_lora(lora)
     for name, update in done.adapter.updates.items():
         assert torch.equal(update.up, before.updates[name].up)
         assert torch.equal(update.down, before.updates[name].down)
@@ -140,7 +140,7 @@ def test_cutting_the_rank_is_reported_with_the_energy_it_costs(case):
 def test_what_was_kept_is_told_after_the_rank_was_cut(case, method):
     lora, source, target = case
     done = prolora.transfer(lora, source, target, method=method, threshold=0, out_rank=1)
-    before = prolora.adapters.read_adapter(lora).updates
+    before = read_lora(lora).updates
     pairs = [(before[name].dense(), x.dense()) for name, x in done.adapter.updates.items()]
     energy, kept, apart = (
         sum(float(x.double().square().sum()) for x in tensors)
@@ -170,7 +170,7 @@ def test_the_rank_is_cut_to_a_share_of_the_energy_or_of_the_loras_rank(case):
 def test_same_source_and_target_at_full_rank_gives_the_lora_back(case):
     lora, source, _ = case
     done = prolora.transfer(lora, source, source, rank=24, method="prolora", again=True)
-    before = prolora.adapters.read_adapter(lora)
+    before = read_lora(lora)
     square = [name for name, (m, n) in shapes(3).items() if m == n]
     for name in square:
         torch.testing.assert_close(
@@ -182,7 +182,7 @@ def test_metadata_is_kept_and_says_where_the_lora_belongs_now(case, tmp_path):
     lora, source, target = case
     out = tmp_path / "out.safetensors"
     prolora.transfer(lora, source, target, out=out, method="prolora")
-    metadata = SafetensorsFile(out).metadata
+    metadata = read_header(out)
     assert "trigger" in metadata["ss_tag_frequency"]
     assert metadata["ss_sd_model_name"] == "target"
     assert metadata["prolora.method"] == "prolora" and metadata["prolora.source"] == "source"
@@ -258,20 +258,6 @@ def test_progress_counts_every_pair_and_an_exception_in_it_cancels(case, tmp_pat
     assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["lora.safetensors"]
 
 
-def test_options_that_make_no_sense_are_refused(case):
-    for options in (
-        {"method": "magic"},
-        {"rank": 2.0},
-        {"out_rank": 0},
-        {"out_rank": "half"},
-        {"out_rank": "0%"},
-        {"out_rank": 1.0},
-        {"text_encoder": "maybe"},
-    ):
-        with pytest.raises(ValueError):
-            prolora.transfer(*case, **options)
-
-
 def test_a_target_of_another_width_is_refused_with_both_shapes(case, tmp_path):
     lora, source, _ = case
     wide = {name: torch.ones(32, 32) for name in shapes(2)}
@@ -282,7 +268,7 @@ def test_a_target_of_another_width_is_refused_with_both_shapes(case, tmp_path):
 def test_a_lora_is_copied_between_bases_of_zeros():
     zeros = {name: torch.zeros(shape) for name, shape in shapes(3).items()}
     done = prolora.transfer(lora_tensors(), zeros, zeros, method="copy")
-    before = prolora.adapters.read_adapter(lora_tensors())
+    before = read_lora(lora_tensors())
     for name, update in before.updates.items():
         assert torch.equal(done.adapter.updates[name].dense(), update.dense())
 

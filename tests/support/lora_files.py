@@ -6,10 +6,11 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
-from prolora.adapters import Adapter
-from prolora.core.lowrank import LowRank
+import prolora
+from prolora import Adapter, LowRank
 
 DATA = Path(__file__).parent / "keymaps.json.gz"
 
@@ -79,6 +80,17 @@ def save(path, tensors, metadata=None):
     """A safetensors file; gives the path back."""
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path, metadata)
     return path
+
+
+def read_header(path):
+    """The metadata of a file, read by the library of the format."""
+    with safe_open(path, "pt") as file:
+        return file.metadata() or {}
+
+
+def read_lora(lora):
+    """The updates and vectors of a file, folder or state dict, as `convert` reads them."""
+    return prolora.convert(lora).adapter
 
 
 def kohya_file(path, rank=4, alpha=None, metadata=None):

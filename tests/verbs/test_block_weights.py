@@ -9,11 +9,11 @@ from property_examples import examples
 from safetensors.torch import load_file
 
 import prolora
+from prolora import LowRank
 from prolora.architectures.depth import DepthTable
 from prolora.architectures.families import known_families
 from prolora.architectures.identify import Model
 from prolora.architectures.layouts import load_layout
-from prolora.core.lowrank import LowRank
 from prolora.errors import InvalidOption
 from prolora.reports.module_report import LEFT_OUT
 from prolora.verbs.block_weights import BlockWeights
@@ -35,14 +35,14 @@ def sdxl_lora(vectors=None):
         n: LowRank(torch.randn(8, 2, generator=generator), torch.randn(2, 8, generator=generator))
         for n in names
     }
-    return prolora.adapters.Adapter(updates, vectors=vectors or {}, origin=Model.of("sdxl"))
+    return prolora.Adapter(updates, vectors=vectors or {}, origin=Model.of("sdxl"))
 
 
 def place(name):
     return DepthTable(tuple(load_layout("sdxl").shapes)).find_place(name)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=examples(25))
 @given(st.lists(st.floats(-2, 2, width=32), min_size=12, max_size=12))
 def test_a_number_for_each_block_multiplies_its_modules(numbers):
     before = sdxl_lora()
