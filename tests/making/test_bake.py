@@ -12,9 +12,9 @@ from family_files import make_authors_file, name_weights
 from family_shapes import list_authors_keys
 from safetensors.torch import load_file, save_file
 
+from prolora import bake, open_base
 from prolora.architectures.families import known_families
 from prolora.architectures.layouts import load_layout
-from prolora.bases import open_base
 from prolora.errors import (
     InvalidOption,
     NonFiniteWeights,
@@ -23,7 +23,6 @@ from prolora.errors import (
     ProLoRAError,
 )
 from prolora.files.safetensors_file import SafetensorsFile
-from prolora.making.bake import bake
 
 MODULE, KEPT = (f"transformer_blocks.0.attn.to_{leaf}" for leaf in "qk")
 PLAIN = "diffusion_pytorch_model.safetensors"
@@ -33,7 +32,6 @@ PLAIN = "diffusion_pytorch_model.safetensors"
     ("family", "pattern"),
     [
         ("pixart", r"transformer_blocks\.0\.attn1\.to_[qkv]"),
-        ("sd3", r"transformer_blocks\.0\.attn\.add_[qkv]_proj|norm_out\.linear"),
         ("flux", r"transformer_blocks\.0\.attn\.to_[qkv]|norm_out\.linear"),
     ],
 )
@@ -135,7 +133,7 @@ def test_stochastic_rounding_keeps_in_the_mean_what_nearest_loses(tmp_path):
     lora, base, before, delta = make_case(tmp_path, torch.float8_e4m3fn, 0.005, 0.002)
     nearest = bake([lora], base, tmp_path / "nearest.safetensors")
     seeds = [
-        bake([lora], base, tmp_path / f"{seed}.safetensors", stochastic=seed) for seed in range(60)
+        bake([lora], base, tmp_path / f"{seed}.safetensors", stochastic=seed) for seed in range(30)
     ]
     again = bake([lora], base, tmp_path / "again.safetensors", stochastic=7)
     assert again.whole.survived == seeds[7].whole.survived
@@ -143,7 +141,7 @@ def test_stochastic_rounding_keeps_in_the_mean_what_nearest_loses(tmp_path):
     mean = sum(done.whole.survived for done in seeds) / len(seeds)
     spread = torch.tensor([done.whole.survived for done in seeds]).std() / len(seeds) ** 0.5
     assert abs(mean - 1) < 4 * spread
-    read = [open_base(tmp_path / f"{seed}.safetensors").read(MODULE).float() for seed in range(60)]
+    read = [open_base(tmp_path / f"{seed}.safetensors").read(MODULE).float() for seed in range(30)]
     one_step = (torch.stack(read) - before - delta).abs().amax(0)
     assert (one_step <= before.abs().clamp_min(0.002 * 2**-6) * 0.26 + delta.abs()).all()
 

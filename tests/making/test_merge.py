@@ -8,13 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lora_files import read_header, read_lora
 from mini import BLOCK, MODULES, lora_tensors, shapes, source_weights, write_case
+from property_examples import examples
 from safetensors.torch import load_file, save_file
 
 import prolora
-from prolora import adapters, errors
-from prolora.files.safetensors_file import SafetensorsFile
-from prolora.making import merge
+from prolora import errors
 
 
 def make_lora(rank, seed, modules=None):
@@ -57,7 +57,7 @@ def error(adapter, wanted):
     method=st.sampled_from(["sum", "balanced"]),
     seed=st.integers(0, 20),
 )
-@settings(max_examples=20)
+@settings(max_examples=examples(20))
 def test_a_merge_that_cuts_nothing_is_the_exact_sum(ranks, strengths, method, seed):
     made = [make_lora(rank, seed + i) for i, rank in enumerate(ranks)]
     strengths = strengths[: len(ranks)]
@@ -65,7 +65,7 @@ def test_a_merge_that_cuts_nothing_is_the_exact_sum(ranks, strengths, method, se
     if method == "sum":
         assert error(done.adapter, add([dense for _, dense in made], strengths)) < 1e-6
     assert done.report.share_held == pytest.approx(1.0, abs=1e-6)
-    back = adapters.read_adapter(done.state_dict("kohya", dtype="float32"))
+    back = read_lora(done.state_dict("kohya", dtype="float32"))
     for name, update in done.adapter.updates.items():
         assert torch.allclose(back.updates[name].dense(), update.dense(), atol=1e-5)
 
@@ -79,7 +79,7 @@ def test_modules_that_one_lora_has_are_kept():
     assert len(done.report.overlaps) == 1
 
 
-@pytest.mark.parametrize("out_rank", [1, 3, 0.6, "50%"])
+@pytest.mark.parametrize("out_rank", [1, 0.6, "50%"])
 def test_what_a_cut_keeps_of_each_lora_is_told_as_dense_matrices_have_it(out_rank, tmp_path):
     made = [make_lora(3, 0), make_lora(2, 5)]
     paths = [tmp_path / f"{name}.safetensors" for name in ("strong", "weak")]
@@ -87,7 +87,7 @@ def test_what_a_cut_keeps_of_each_lora_is_told_as_dense_matrices_have_it(out_ran
         save_file(tensors, path)
     out = tmp_path / "out.safetensors"
     report = prolora.merge(paths, out=out, strengths=(1, 0.1), out_rank=out_rank).report
-    written, total = adapters.read_adapter(out), add([d for _, d in made], (1, 0.1))
+    written, total = read_lora(out), add([d for _, d in made], (1, 0.1))
     assert max(update.rank for update in written.updates.values()) <= 4
     lost = max(0.0, 1 - report.share_held) ** 0.5
     assert lost == pytest.approx(error(written, total), rel=1e-3)
@@ -134,7 +134,7 @@ def test_the_header_tells_parts_strengths_and_words(tmp_path):
         save_file(make_lora(2, i)[0], paths[-1], header)
     out = tmp_path / "out.safetensors"
     report = prolora.merge(paths, out=out, strengths=(1, 0.5)).report
-    header = SafetensorsFile(out).metadata
+    header = read_header(out)
     assert header["modelspec.trigger_phrase"] == "catto, doggo"
     assert header["modelspec.merged_from"] == "cat, dog"
     assert header["ss_sd_model_name"] == "xl.safetensors" and "ss_output_name" not in header
@@ -182,7 +182,7 @@ def test_convolutions_text_encoders_and_other_kinds_are_summed_too(tmp_path):
         save_file(tensors, path)
     out = tmp_path / "out.safetensors"
     prolora.merge(paths, out=out, strengths=(1, -0.5), dtype="float32")
-    back = adapters.read_adapter(out)
+    back = read_lora(out)
     wanted = add(dense, (1, -0.5))
     assert len(back.updates) == 2 and list(back.kernels.values()) == [(3, 3)]
     for name, update in back.updates.items():
@@ -221,7 +221,7 @@ def test_the_family_is_one_that_all_modules_can_be_of():
         start = f"lora_unet_double_blocks_0_{key}.lora"
         tensors = {f"{start}_up.weight": torch.ones(out, 1)}
         loras.append(tensors | {f"{start}_down.weight": torch.ones(1, 3072)})
-    families = [adapters.read_adapter(lora).model.families for lora in loras]
+    families = [read_lora(lora).model.families for lora in loras]
     assert "chroma" in families[0] and "chroma" not in families[1]
     done = prolora.merge(loras)
     assert "flux" in done.adapter.model.families and "chroma" not in done.adapter.model.families
@@ -239,16 +239,6 @@ def test_loras_in_eight_bits_are_merged_in_sixteen(tmp_path):
     assert {v.dtype for v in load_file(out).values()} == {torch.float32}  # holds both
     prolora.merge([tmp_path / "small.safetensors"] * 2, out=out, overwrite=True)
     assert {v.dtype for v in load_file(out).values()} == {torch.float16}
-
-
-def test_biases_add_up_with_their_strengths():
-    (one, _), (two, _) = make_lora(1, 0), make_lora(1, 1)
-    key = "lora_unet_" + BLOCK.format(0, MODULES[0]).replace(".", "_") + ".diff_b"
-    one[key], two[key] = torch.ones(24), torch.full((24,), 3.0)
-    done = prolora.merge([one, two], strengths=(1, 0.5))
-    ((name, vector),) = done.adapter.vectors.items()
-    ratio = torch.full((24,), 2.5)
-    assert name.endswith("to_q.bias") and torch.allclose(vector, ratio)
 
 
 @pytest.mark.parametrize("strengths", [(1, 1), (1, -1)])
@@ -282,12 +272,12 @@ def test_no_two_loras_of_a_merge_have_one_name(tmp_path):
     report = prolora.merge(paths, out=out).report
     names = [part.name for part in report.parts]
     assert names == ["x", "a/y", "b/y", "c/y", "y (3)", "a/y (2)"]
-    metadata = SafetensorsFile(out).metadata
+    metadata = read_header(out)
     assert metadata["modelspec.author"] == ", ".join(f"author {i}" for i in range(6))
     assert metadata["modelspec.title"] == " + ".join(names)
     merged = json.loads(metadata["prolora.merged"])
     assert [part["name"] for part in merged] == names
-    in_memory = [prolora.adapters.read_adapter(make_lora(1, i)[0]) for i in range(3)]
+    in_memory = [read_lora(make_lora(1, i)[0]) for i in range(3)]
     called = [replace(lora, metadata={"ss_output_name": "LoRA 3"}) for lora in in_memory[:2]]
     in_memory = [*called, in_memory[2]]
     names = [part.name for part in prolora.merge(in_memory).report.parts]
@@ -345,30 +335,11 @@ def test_each_lora_has_factors_of_its_own_by_block(tmp_path):
         ).report
         factors = {0: 0.0, 1: 0.5, 2: 1.0}
         first = {n: factors[int(n.split(".")[5])] * x for n, x in made[0][1].items()}
-        assert error(adapters.read_adapter(out), add([first, made[1][1]], (2, 1))) < 1e-6
+        assert error(read_lora(out), add([first, made[1][1]], (2, 1))) < 1e-6
         assert report.parts[0].kept == pytest.approx(1.0, abs=0.1)
         assert len(report.rows("skipped")) == 4 and "a: " in report.blocks
-        merged = json.loads(SafetensorsFile(out).metadata["prolora.merged"])
+        merged = json.loads(read_header(out)["prolora.merged"])
         assert merged[0]["blocks"] == text[:-1] and "blocks" not in merged[1]
-
-
-def test_loras_of_two_models_are_refused_before_anything_is_read(tmp_path):
-    flux = {
-        "transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight": torch.zeros(2, 3072),
-        "transformer.single_transformer_blocks.0.attn.to_q.lora_B.weight": torch.zeros(3072, 2),
-    }
-    sdxl = {
-        "unet.mid_block.attentions.0.transformer_blocks.9.attn2.to_k.lora_A.weight": torch.zeros(
-            2, 2048
-        ),
-        "unet.mid_block.attentions.0.transformer_blocks.9.attn2.to_k.lora_B.weight": torch.zeros(
-            1280, 2
-        ),
-    }
-    for name, tensors in (("flux", flux), ("sdxl", sdxl)):
-        save_file(tensors, tmp_path / f"{name}.safetensors")
-    with pytest.raises(errors.WrongBase, match=r"sdxl is for Stable Diffusion XL.*FLUX.*`transfer"):
-        prolora.merge([tmp_path / "flux.safetensors", tmp_path / "sdxl.safetensors"])
 
 
 def test_loras_of_a_unet_and_a_transformer_of_no_published_size_are_refused_by_their_names():
@@ -496,11 +467,6 @@ def test_diffusers_draws_the_same_with_the_merged_file_as_with_all_adapters(tmp_
     assert (merged - weaker).abs().max() > 1e-3 and (merged - plain).abs().max() > 1e-3
 
 
-def write_lora(path, tensors):
-    save_file(tensors, path)
-    return path
-
-
 def test_a_lora_that_was_moved_to_another_base_is_no_lora_of_the_result(tmp_path):
     lora, source, target = write_case(tmp_path)
     moved = tmp_path / "moved.safetensors"
@@ -512,11 +478,11 @@ def test_a_lora_that_was_moved_to_another_base_is_no_lora_of_the_result(tmp_path
 
 
 def test_of_two_losses_the_larger_is_told():
-    updates = adapters.read_adapter(make_lora(2, 0)[0]).updates
+    updates = read_lora(make_lora(2, 0)[0]).updates
     first, *others = updates
     parts = [
-        adapters.Adapter(updates, kept_energy={first: 0.6, others[0]: 0.9}),
-        adapters.Adapter(updates, kept_energy={first: 0.7}),
+        prolora.Adapter(updates, kept_energy={first: 0.6, others[0]: 0.9}),
+        prolora.Adapter(updates, kept_energy={first: 0.7}),
     ]
     for some in (parts, parts[::-1]):
         assert prolora.merge(some).report.kept_energy == {first: 0.6, others[0]: 0.9}
@@ -565,17 +531,9 @@ def test_loras_of_two_models_are_refused_behind_one_that_is_for_either():
         prolora.merge([either, one, other])
 
 
-def test_an_update_that_cannot_be_read_is_told_as_one(tmp_path):
-    strange = {f"lora_te3_strange.lora_{x}.weight": torch.ones(2, 2) for x in ("up", "down")}
-    odd = write_lora(tmp_path / "odd.safetensors", lora_tensors() | strange)
-    lora, *_ = write_case(tmp_path)
-    assert len(prolora.merge([odd, lora]).report.unread) == 1
-
-
-def test_a_folder_is_no_place_for_a_file_and_is_refused_before_work(tmp_path, monkeypatch):
+def test_a_folder_is_no_place_for_a_file(tmp_path):
     lora, *_ = write_case(tmp_path)
     (tmp_path / "out").mkdir()
-    monkeypatch.setattr(merge, "read_plain", lambda *x: pytest.fail("a LoRA was read"))
     with pytest.raises(errors.OutputError, match="is a folder; name the file"):
         prolora.merge([lora, lora], out=tmp_path / "out")
 

@@ -2,24 +2,22 @@
 
 import pytest
 import torch
-from elsewhere import ELSEWHERE, Elsewhere, move
+from elsewhere import Elsewhere, move
 from mini import source_weights, target_weights, write_case
 from safetensors.torch import load_file, save_file
 
 import prolora
-from prolora.comparison.drift import measure_affinities
-from prolora.core.affinity import Affinity
-from prolora.core.verdict import judge_pairs
 
 
-@pytest.fixture(params=["source", "target", "both"])
+@pytest.fixture
 def case(request, tmp_path):
     """(LoRA, source, target) of tensors, one or both of which are elsewhere; and as files."""
+    elsewhere = getattr(request, "param", "both")
     files = write_case(tmp_path)
     sides = {"source": source_weights(), "target": target_weights()}
     for side, weights in sides.items():
         tensors = {f"{name}.weight": tensor for name, tensor in weights.items()}
-        if request.param in (side, "both"):
+        if elsewhere in (side, "both"):
             tensors = {name: move(tensor) for name, tensor in tensors.items()}
         sides[side] = tensors
     return files, (files[0], sides["source"], sides["target"])
@@ -33,7 +31,11 @@ def test_the_stand_in_refuses_operands_of_two_devices():
             mix()
 
 
-@pytest.mark.parametrize("method", ["auto", "copy", "prolora"])
+@pytest.mark.parametrize(
+    ("case", "method"),
+    [("source", "auto"), ("target", "prolora"), ("both", "copy")],
+    indirect=["case"],
+)
 def test_a_transfer_gives_what_it_gives_from_files(case, tmp_path, method):
     files, there = case
     out = [tmp_path / f"{name}.safetensors" for name in ("files", "there")]
@@ -43,18 +45,6 @@ def test_a_transfer_gives_what_it_gives_from_files(case, tmp_path, method):
     assert first.keys() == second.keys()
     for name in first:
         torch.testing.assert_close(first[name], second[name])
-
-
-def test_what_auto_judges_is_computed_on_the_device_that_is_asked_for(case, monkeypatch):
-    (_, *files), (_, *there) = case
-    there = [{name: move(tensor) for name, tensor in side.items()} for side in there]
-    bases = [[prolora.open_base(side) for side in sides] for sides in (files, there)]
-    pairs = [(name, name) for name in bases[0][0].shapes if name in bases[0][1].shapes]
-    wanted, of, seen = measure_affinities(*bases[0], pairs), Affinity.of, []
-    monkeypatch.setattr(Affinity, "of", lambda *pair: seen.extend(pair) or of(*pair))
-    found = measure_affinities(*bases[1], pairs, device=ELSEWHERE)
-    assert len(seen) == 2 * len(pairs) and all(isinstance(x, Elsewhere) for x in seen)
-    assert judge_pairs(found).drift == pytest.approx(judge_pairs(wanted).drift, rel=1e-6)
 
 
 def test_check_compares_two_bases_and_one_with_a_lora(case):
