@@ -7,14 +7,12 @@ from pathlib import Path
 import check_families
 import pytest
 import torch
-from mini import source_weights, target_weights, write_case, write_folder
+from mini import source_weights, write_case, write_folder
 from safetensors.torch import load_file, save_file
 
 import prolora
 from prolora import errors
 from prolora.architectures.layouts import load_layout
-from prolora.bases import identity
-from prolora.moving.base_check import are_one_base, is_stated_base
 
 
 def write_base(path, seed):
@@ -113,30 +111,11 @@ def test_a_base_that_is_neither_is_taken_as_given_since_files_are_converted(file
 
 @pytest.mark.parametrize("word", ["NOFILE", "IsADirectory", "None", "", "e3b0c442"])
 def test_what_is_no_hash_of_a_file_proves_nothing(files, tmp_path, word):
-    _, a, b = files
+    lora, a, b = files
     header = {"ss_sd_model_hash": word, "ss_new_sd_model_hash": word}
-    short = tmp_path / "short.safetensors"
-    save_file({"x.weight": torch.ones(2, 2)}, short)  # its short hash is that of no bytes
-    assert [is_stated_base(header, prolora.open_base(x)) for x in (a, b)] == [None, None]
-
-
-def test_the_whole_hash_decides_where_two_files_share_the_short_one(files, tmp_path, monkeypatch):
-    lora, a, b = files
-    monkeypatch.setattr(identity, "_SHORT_SIZE", 0)
-    stated = kohya_hashes(a) | {"ss_sd_model_hash": "e3b0c442"}
-    of_a = say_base(lora, tmp_path / "of_a.safetensors", **stated)
-    assert prolora.transfer(of_a, a, b, dry_run=True).report.totals["mapped"]
-    with pytest.raises(errors.WrongBase):
-        prolora.transfer(of_a, b, a, dry_run=True)
-
-
-def test_no_base_is_read_as_a_whole_where_the_short_hash_of_the_target_differs(
-    files, tmp_path, monkeypatch
-):
-    lora, a, b = files
-    of_a = say_base(lora, tmp_path / "of_a.safetensors", **kohya_hashes(a))
-    monkeypatch.setattr(identity, "digest_file", lambda *x: pytest.fail("a base was hashed"))
-    assert prolora.transfer(of_a, a, b, dry_run=True).report.totals["mapped"]
+    named = say_base(lora, tmp_path / "named.safetensors", **header)
+    for pair in ((a, b), (b, a)):
+        assert prolora.transfer(named, *pair, dry_run=True).report.totals["mapped"]
 
 
 def test_the_name_of_the_target_is_said_first_and_refuses_nothing(files, tmp_path):
@@ -184,12 +163,14 @@ def test_source_and_target_that_are_one_model_are_refused(files, tmp_path, unrea
 
 def test_a_pipeline_and_the_folder_of_its_model_are_one_base(tmp_path):
     model = write_folder(tmp_path / "pipe" / "unet", source_weights())
+    (tmp_path / "case").mkdir()
     encoder = write_folder(tmp_path / "pipe" / "text_encoder", {"text_model.x": torch.ones(2, 2)})
     (encoder / "diffusion_pytorch_model.safetensors").rename(encoder / "model.safetensors")
-    whole, part = prolora.open_base(tmp_path / "pipe"), prolora.open_base(model)
-    assert are_one_base(whole, part) and are_one_base(part, whole)
-    other = write_folder(tmp_path / "other" / "unet", target_weights())
-    assert not are_one_base(whole, prolora.open_base(other))
+    whole, (lora, _, other) = tmp_path / "pipe", write_case(tmp_path / "case")
+    for pair in ((whole, model), (model, whole)):
+        with pytest.raises(errors.WrongBase, match="are the same model"):
+            prolora.transfer(lora, *pair, dry_run=True)
+    assert prolora.transfer(lora, whole, other, dry_run=True).report.totals["mapped"]
 
 
 @pytest.mark.parametrize(

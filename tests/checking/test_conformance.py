@@ -7,10 +7,9 @@ import pytest
 from property_examples import AT_NIGHT
 from safetensors.torch import save
 
+from prolora import Lora, check
 from prolora.adapters.contents import parse_contents
-from prolora.adapters.lora import Lora
 from prolora.architectures.layouts import load_layout
-from prolora.checking.check import check
 
 MAKER = runpy.run_path(str(Path(__file__).parents[2] / "docs" / "make_conformance.py"))
 FILES = list(MAKER["list_files"]())

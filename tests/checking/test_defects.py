@@ -17,8 +17,8 @@ from lora_files import factors, save
 from safetensors.torch import load_file, save_file
 
 import prolora
+from prolora import check
 from prolora.architectures.layouts import load_layout
-from prolora.checking.check import check
 from prolora.files.safetensors_file import SafetensorsFile
 
 ROOT = Path(__file__).parents[2]
@@ -187,12 +187,12 @@ def test_one_alpha_of_mixed_ranks_is_meant_for_the_largest(
 
 
 ODD_NUMBERS = [
-    *("1e400", "-1e400", "NaN", "Infinity", "9" * 400, "9" * 5000, "[" * 100_000, "null", "None"),
-    *("", '""', "true", "{}", "1e-60", "-4", "1e7", "0", "\x00", "١٦"),
+    *("1e400", "NaN", "-Infinity", "9" * 5000, "[" * 100_000, "null", "", "true", "{}"),
+    *("1e-60", "-4", "1e7", "0", "\x00", "١٦"),
 ]
 
 
-@pytest.mark.parametrize("key", ["ss_network_alpha", "conv_alpha", "ss_network_args"])
+@pytest.mark.parametrize("key", ["ss_network_alpha", "conv_alpha"])
 @pytest.mark.parametrize("value", ODD_NUMBERS, ids=range(len(ODD_NUMBERS)))
 def test_a_strange_number_in_a_header_is_no_alpha(lora, key, value):
     header = {key: value}

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from diagonal import pair_up
+from lora_files import read_lora
 from safetensors.torch import load_file, save_file
 
 import prolora
@@ -81,14 +82,14 @@ def test_a_lora_moves_by_equal_names_and_keeps_the_spelling_it_came_in(
 
 def test_a_peft_folders_names_are_kept(tmp_path):
     spell, suffixes = SPELLINGS["peft"]
-    adapter = prolora.adapters.read_adapter(lora(spell, suffixes))
+    adapter = read_lora(lora(spell, suffixes))
     result = prolora.transfer(adapter, base(0), base(0, 0.05), method="copy")
     assert result.state_dict().keys() == lora(spell, suffixes).keys()
 
 
 def test_a_format_whose_names_nobody_knows_is_refused():
     spell, suffixes = SPELLINGS["diffusers"]
-    adapter = prolora.adapters.read_adapter(lora(spell, suffixes))
+    adapter = read_lora(lora(spell, suffixes))
     result = prolora.transfer(adapter, base(0), base(0, 0.05), method="copy")
     with pytest.raises(UnsupportedFormat, match="of no family that prolora knows"):
         result.state_dict("kohya")

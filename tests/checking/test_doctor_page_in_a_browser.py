@@ -17,7 +17,7 @@ from odd_files import ODD_FILES, write_pairs
 from property_examples import AT_NIGHT
 from safetensors.torch import save_file
 
-from prolora.checking.check import check
+from prolora import check
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 DOCS = Path(__file__).parents[2] / "docs"

@@ -6,8 +6,7 @@ from checkpoints import sparse_file
 from lora_files import LINEAR, adapter_of, keymaps, kohya_file, save
 from safetensors.torch import load_file
 
-from prolora import adapters
-from prolora.checking.check import check
+from prolora import adapters, check
 
 STEM = "lora_unet_mid_block_attentions_0_proj_in"
 
@@ -40,8 +39,9 @@ def test_sd2_is_told_from_sd1_by_the_metadata_where_names_cannot(tmp_path):
         assert check(save(path, tensors, {"ss_base_model_version": claim})).families == families
 
 
-@pytest.mark.parametrize("single_file", [True, False])
-@pytest.mark.parametrize("model", ["sd15", "sd21", "sdxl", "ssd-1b", "segmind-vega"])
+@pytest.mark.parametrize(
+    ("model", "single_file"), [("sd15", True), ("sd21", False), ("sdxl", True), ("ssd-1b", False)]
+)
 def test_a_base_model_is_told_from_a_lora(tmp_path, model, single_file):
     found = check(base_of(model, tmp_path / "base.safetensors", single_file))
     assert (found.kind, found.family, (not found.reason)) == ("base", model, True)
