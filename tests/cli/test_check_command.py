@@ -68,11 +68,6 @@ def test_json_is_a_record_or_a_list_of_them(prolora, files):
     assert code == 3 and [r["base_match"]["answer"] for r in json.loads(out)] == ["fits", "in part"]
 
 
-def test_a_base_that_is_not_there_ends_in_2(prolora, files):
-    code, out, err = prolora("check", files[0], "--base", "no/such/base")
-    assert code == 2 and not out and "no such" in err
-
-
 @pytest.mark.parametrize(
     ("field", "names", "said"),
     [

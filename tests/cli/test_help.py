@@ -4,9 +4,7 @@ import re
 
 import pytest
 
-from prolora.cli.exits import MEANINGS
-from prolora.verbs.options import METHOD_NAMES
-from prolora.version import __version__
+from prolora import __version__
 
 COMMANDS = ["transfer", "fit", "check", "demo", "doctor"]
 
@@ -36,34 +34,6 @@ def test_no_word_of_the_help_is_cut(prolora, command, monkeypatch):
     assert "…" not in text.replace("FACTOR,…", "") and "--output" in text
 
 
-def test_the_exit_codes_are_told(prolora):
-    text = flatten(prolora("--help")[1])
-    for code, meaning in MEANINGS.items():
-        assert f"{code:d} {meaning}" in text
-
-
-def test_the_options_of_transfer_stand_in_panels(prolora, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "100")
-    _, text, _ = prolora("transfer", "--help-all")
-    titles = re.findall(r"^╭─ (.+?) ─+╮$", text, re.M)
-    assert titles == [
-        "Arguments",
-        "Options",
-        "Method",
-        "Matching",
-        "Output",
-        "Resources",
-    ]
-    panels = dict(zip(titles, re.split(r"^╰─+╯$", text, flags=re.M), strict=False))
-    for panel, option in (
-        ("Options", "--source"),
-        ("Method", "--strength"),
-        ("Output", "--out-rank"),
-        ("Resources", "--max-memory"),
-    ):
-        assert option in panels[panel]
-
-
 def test_the_short_help_of_transfer_fits_a_screen_and_names_the_long_one(prolora, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     _, text, _ = prolora("transfer", "-h")
@@ -83,10 +53,3 @@ def test_the_short_help_of_fit_has_what_most_people_need(prolora, monkeypatch):
         assert f"--{name} " not in short.partition("Examples")[0] and f"--{name} " in whole, name
     for name in ("probes", "held-out", "batch", "seed", "lora-guidance"):
         assert f"--{name}" not in whole  # for studies, in Python
-
-
-def test_a_name_that_is_no_choice_is_refused_with_the_choices(prolora, case, tmp_path):
-    lora, source, target = case
-    line = ("transfer", lora, "--source", source, "--target", target, "-o", tmp_path / "x")
-    code, _, text = prolora(*line, "--method", "magic")
-    assert code == 2 and all(name in text for name in METHOD_NAMES)

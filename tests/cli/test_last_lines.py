@@ -49,30 +49,6 @@ def test_a_migration_ends_with_mark_folder_and_strengths(prolora, loras, tmp_pat
         assert code == 0 and text.splitlines()[-1] == LAST.format(f"{folder}/")
 
 
-def test_a_folder_of_loras_is_told_how_to_name_them(prolora, loras, tmp_path):
-    folder = tmp_path / "loras"
-    folder.mkdir()
-    for path in loras[0]:
-        shutil.copy(path, folder)
-    _, text, errors = prolora("check", folder)
-    assert f"or LoRAs as {folder}/*" in " ".join((text + errors).split())
-    assert prolora("check", *folder.iterdir())[0] in (0, 3)
-
-
-@pytest.mark.parametrize("verb", ["transfer", "migrate", "merge"])
-def test_a_method_that_the_help_offers_is_not_refused_as_a_method(prolora, loras, verb, tmp_path):
-    files, bases = loras
-    both = bases if verb != "merge" else ()
-    refused = prolora(verb, *files, *both, "--method", "magic", "-o", tmp_path / "x")[2]
-    words = re.findall(r"'(\w+)'", refused.partition("not one of")[2])
-    assert "balanced" in words if verb == "merge" else "prolora" in words
-    for i, word in enumerate(words):
-        out = tmp_path / (f"{i}.safetensors" if verb == "merge" else str(i))
-        line = (verb, *files, *both, "--method", word, "-o", out)
-        code, _, errors = prolora(*line)
-        assert code in (0, 4), errors
-
-
 def test_an_extraction_has_the_type_that_its_help_names(prolora, tmp_path, case):
     _, source, _ = case
     tuned = tmp_path / "tuned"

@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from prolora.adapters import Adapter, write_adapter
+from prolora import Adapter, LowRank
+from prolora.adapters import write_adapter
 from prolora.architectures.identify import Model
-from prolora.core.lowrank import LowRank
 
 
 @pytest.fixture
@@ -122,12 +122,6 @@ def test_merge_into_a_base_bakes_and_says_what_survived(prolora, case, tmp_path)
     for flag, value in (("--target", target), ("--format", "kohya"), ("--out-rank", "4")):
         code, _, err = prolora(*words, "-o", tmp_path / "none", flag, value)
         assert code == 2 and flag in err and not (tmp_path / "none").exists()
-
-
-@pytest.mark.parametrize("command", ["extract", "convert", "merge"])
-def test_help_is_short_and_names_what_is_needed(prolora, command):
-    code, text, _ = prolora(command, "-h")
-    assert code == 0 and "--out-rank" in text and "--format" in text and "--card" not in text
 
 
 def test_after_writing_a_line_says_who_reads_the_file_and_who_does_not(prolora, tmp_path):

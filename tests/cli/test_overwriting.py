@@ -2,14 +2,12 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 from mini import lora_tensors
 from safetensors.torch import load_file, save_file
 
 from prolora.adapters import read_adapter
-from prolora.files.safetensors_file import SafetensorsFile
 
 FOREIGN = b"ten hours of work"
 
@@ -36,15 +34,6 @@ def test_a_result_of_the_same_is_kept_and_its_verdict_told_again(prolora, line, 
     assert code == 2 and "exists" in error and out.read_bytes() == before
     assert prolora(*line, "-o", out, "--overwrite")[0] == 0
     assert out.read_bytes() == before and out.stat().st_mtime_ns != age
-
-
-def test_the_recipe_in_the_header_is_readable(prolora, line, tmp_path):
-    assert prolora(*line, "-o", "x.safetensors", "--strength", "0.5")[0] == 0
-    header = SafetensorsFile(tmp_path / "x.safetensors").metadata
-    recipe = json.loads(header["prolora.recipe"])
-    assert recipe["options"] == {"format": "auto", "method": "copy", "strength": 0.5}
-    assert set(recipe) == {"options", "source", "target"}
-    assert set(recipe["source"]) == {"read", "digest"} and int(recipe["source"]["read"], 16)
 
 
 def test_a_trained_lora_is_not_replaced(prolora, line, tmp_path):
@@ -106,30 +95,6 @@ def test_a_file_that_goes_with_a_result_replaces_none(
     assert sorted(tmp_path.iterdir()) == there
     assert prolora(*words, "--overwrite")[0] == 0
     assert (tmp_path / name).read_bytes() != FOREIGN
-
-
-@pytest.mark.parametrize("name", ["neon-on-pruned.safetensors", "neon-on-pruned.html"])
-def test_the_demo_replaces_nothing_either(prolora, tmp_path, name):
-    pytest.importorskip("diffusers", reason="the demo needs diffusers")
-    (tmp_path / name).write_bytes(FOREIGN)
-    code, _, error = prolora("demo", "-o", tmp_path, "--target", "pruned")
-    assert code == 2 and f"{name}: exists" in error
-    assert [file.name for file in Path(tmp_path).iterdir()] == [name]
-
-
-def test_a_link_stands_for_the_file_that_it_leads_to(prolora, line, tmp_path):
-    foreign = tmp_path / "foreign"
-    foreign.write_bytes(FOREIGN)
-    for name, words in (
-        ("out.safetensors", ()),
-        ("report.json", ("--report", "report.json")),
-        ("README.md", ("--card",)),
-    ):
-        (tmp_path / name).symlink_to(foreign)
-        code, _, error = prolora(*line, "-o", "out.safetensors", *words)
-        assert code == 2 and f"{name}: exists" in error
-        (tmp_path / name).unlink()
-    assert foreign.read_bytes() == FOREIGN
 
 
 def test_several_loras_have_a_mark_and_a_share_each_also_the_second_time(prolora, line, tmp_path):

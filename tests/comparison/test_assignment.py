@@ -19,7 +19,7 @@ def best_total(scores):
     )
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(6))
 def test_no_monotone_assignment_has_a_larger_total(seed):
     generator = torch.Generator().manual_seed(seed)
     rows, columns = torch.randint(1, 6, (2,), generator=generator).tolist()

@@ -12,11 +12,10 @@ from diagonal import pair_up
 from spectra import related
 
 from prolora import open_base
-from prolora.bases import memory
 from prolora.comparison import block_matching
-from prolora.comparison.block_matching import match_blocks, resolve_match
-from prolora.errors import InvalidOption, NonFiniteWeights, TooLittleMemory, UnsupportedFormat
-from prolora.moving.plan import find_partners, make_plan
+from prolora.comparison.block_matching import match_blocks
+from prolora.errors import NonFiniteWeights, TooLittleMemory, UnsupportedFormat
+from prolora.moving.plan import find_partners
 
 MINI = Path(__file__).parents[2] / "examples" / "mini_family" / "weights"
 BLOCK = re.compile(r"(.+\.transformer_blocks)\.(\d+)\.(.+)")
@@ -85,7 +84,7 @@ def test_the_block_map_of_the_pruned_student_is_recovered(matched):
     assert [done for done, _, _ in seen] == sorted(done for done, _, _ in seen)
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(2))
 def test_a_student_that_kept_other_blocks_under_new_numbers_is_recovered(source, seed):
     """Any choice of blocks of the fine-tuned member; equal names would be wrong."""
     rng = random.Random(seed)
@@ -182,72 +181,12 @@ def test_signs_of_singular_vectors_decide_nothing():
         assert one.runner_up == two.runner_up and one.score == pytest.approx(two.score, abs=1e-5)
 
 
-def test_a_pruned_flux_is_recovered_in_both_of_its_stacks():
-    """Double blocks 4 … 15 dropped and the last three renumbered, as in a published pruning."""
-    leaves = (
-        "to_q",
-        "to_k",
-        "to_v",
-        "to_out.0",
-        "add_q_proj",
-        "add_k_proj",
-        "add_v_proj",
-        "to_add_out",
-    )
-    names = [f"transformer_blocks.{i}.attn.{leaf}" for i in range(19) for leaf in leaves]
-    names += [f"single_transformer_blocks.{i}.attn.{leaf}" for i in range(9) for leaf in leaves[:3]]
-    names += [f"single_transformer_blocks.{i}.norm.linear" for i in range(9)]
-    source = {name: sdxl.weight(name, (48, 48), 0.0, 0) for name in names}
-    source["norm_out.linear"] = torch.ones(96, 48)
-    kept = {
-        "transformer_blocks": [0, 1, 2, 3, 16, 17, 18],
-        "single_transformer_blocks": [0, 2, 3, 5, 8],
-    }
-    origin = {
-        f"{place}.{new}": f"{place}.{old}"
-        for place, indices in kept.items()
-        for new, old in enumerate(indices)
-    }
-    target = {"norm_out.linear": torch.ones(96, 48)}
-    for new, old in origin.items():
-        for name in names:
-            if name.startswith(f"{old}."):
-                target[new + name.removeprefix(old)] = sdxl.weight(name, (48, 48), 0.5, 0)
-    result = match_blocks(open_base(source), open_base(target))
-    assert found(result) == origin
-    assert result.table["single_transformer_blocks.4.norm.linear"] == (
-        "single_transformer_blocks.8.norm.linear"
-    )
-    assert result.table["norm_out.linear"] == "norm_out.linear"
-    assert set(result.table) == set(target)
-
-
-@pytest.mark.slow
-def test_how_much_is_in_memory_at_a_time_changes_nothing(source, student, matched, monkeypatch):
-    target, whole, sizes = student, matched[0], []
-    real = memory.Budget.stack
-    monkeypatch.setattr(memory.Budget, "stack", lambda *a: sizes.append(real(*a)) or sizes[-1])
-    assert match_blocks(source, target) == whole and max(sizes) > 1
-    # What this process has now, and a few MB beyond what must be left.
-    bound = memory.resident_bytes() + memory.SLACK + (8 << 20)
-    assert match_blocks(source, target, max_memory=f"{bound}B") == whole
-    monkeypatch.setattr(memory, "STACK_BYTES", 1)
-    sizes.clear()
-    assert match_blocks(source, target).table == whole.table and max(sizes) == 1
-
-
 def test_too_little_memory_for_matching_is_refused_before_a_weight_is_read(
     source, student, monkeypatch
 ):
     monkeypatch.setattr(type(source), "read", lambda *a: pytest.fail("a weight was read"))
     with pytest.raises(TooLittleMemory, match="needs"):
         match_blocks(source, student, max_memory="1MiB")
-
-
-@pytest.mark.parametrize("value", [float("nan"), "lots", -1])
-def test_a_bound_that_is_no_number_of_bytes_is_refused(source, student, value):
-    with pytest.raises(InvalidOption, match="max_memory"):
-        match_blocks(source, student, max_memory=value)
 
 
 def test_blocks_of_an_unrelated_model_of_the_same_shape_are_not_matched():
@@ -296,48 +235,6 @@ def test_deviations_of_random_subspaces_are_standard_normal():
     phi, chance, spread = block_matching._measure_overlaps(stacks[0], ranks[0], stacks[1], ranks[1])
     normal = (phi - chance) / spread.sqrt()
     assert abs(float(normal.mean())) < 0.05 and abs(float(normal.std()) - 1) < 0.05
-
-
-def test_a_plan_by_similarity_says_what_came_second():
-    from prolora import LowRank
-    from prolora.adapters.adapter import Adapter
-
-    source, target, origin = pruned_pair(0.15, 0)
-    result = resolve_match("similarity", source, target)
-    assert resolve_match("name", source, target) == "name"
-    adapter = Adapter(
-        {n: LowRank(torch.ones(m, 1), torch.ones(1, k)) for n, (m, k) in source.shapes.items()}
-    )
-    plan = make_plan(adapter, source, target, result)
-    assert len(plan.pairs) == 272 and len(plan.skipped) == 560 - 272
-    for pair in plan.pairs:
-        new, old = (BLOCK.fullmatch(name) for name in (pair.target, pair.source))
-        assert origin[f"{new[1]}.{new[2]}"] == f"{old[1]}.{old[2]}" and new[3] == old[3]
-    assert plan.decisions == result.decisions and plan.rule == result.rule
-    assert set(plan.skipped.values()) == {"no block of the target is similar enough to this one"}
-    assert all(d.runner_up not in (None, d.source) for d in plan.decisions)
-    with pytest.raises(UnsupportedFormat, match="resolve_match first"):
-        make_plan(adapter, source, target, "similarity")
-
-
-@pytest.mark.slow
-def test_the_cache_gives_the_same_decisions(source, student, matched, tmp_path):
-    cold = match_blocks(source, student, cache=tmp_path)
-    assert match_blocks(source, student, cache=tmp_path) == cold
-    for kept, exact in zip(cold.decisions, matched[0].decisions, strict=True):
-        assert (kept.source, kept.runner_up) == (exact.source, exact.runner_up)
-        assert kept.score == pytest.approx(exact.score, abs=1e-4)  # bases of 16 bits
-    assert any(tmp_path.rglob("*.safetensors"))
-
-
-def test_of_wide_blocks_fewer_matrices_are_compared(monkeypatch):
-    """And the same map is found."""
-    source, target, origin = pruned_pair(0.5, 0)
-    seen = []
-    monkeypatch.setattr(block_matching, "ENOUGH_DIMENSIONS", 120)  # 40- and 80-wide blocks
-    result = match_blocks(source, target, progress=lambda *step: seen.append(step))
-    assert found(result) == origin
-    assert seen[-1][0] == seen[-1][1] == 3 * (10 + 8) + 2 * (60 + 26)
 
 
 def test_bases_without_common_blocks_and_damaged_weights_are_refused(source):

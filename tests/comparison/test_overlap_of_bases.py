@@ -21,9 +21,8 @@ def moved(case, folder, **options):
     return {row.source: row.measures for row in done.report.rows("mapped")}
 
 
-@pytest.mark.parametrize("method", ["prolora"])
-def test_the_report_has_the_principal_angles_of_every_pair(tmp_path, method):
-    rows = moved(write_case(tmp_path), None, method=method, rank=8)
+def test_the_report_has_the_principal_angles_of_every_pair(tmp_path):
+    rows = moved(write_case(tmp_path), None, rank=8)
     shares = torch.tensor(ANGLE_SHARES, dtype=torch.float64)
     for name, found in rows.items():
         bases = [
@@ -44,7 +43,7 @@ def test_a_pair_that_is_known_is_not_computed_again(tmp_path, monkeypatch):
     assert moved(case, folder) == cold
 
 
-@pytest.mark.parametrize("note", [[0.5] * 4, "text", {}, [0.5] * 13 + ["x"], [[0.5] * 14]])
+@pytest.mark.parametrize("note", [[0.5] * 4, [0.5] * 13 + ["x"]])
 def test_a_note_of_another_kind_is_computed_again_and_the_others_are_not(
     tmp_path, monkeypatch, note
 ):

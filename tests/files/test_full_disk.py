@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lora_files import read_lora
 from mini import write_case
 
 import prolora
@@ -83,7 +84,7 @@ def test_a_lora_that_does_not_fit_stops_no_other(disk: Path, tmp_path: Path) -> 
     lora, source, target = write_case(tmp_path)
     big = tmp_path / "big.safetensors"
     shutil.copy(lora, big)
-    adapter = adapters.read_adapter(big)
+    adapter = read_lora(big)
     kept = dict(list(adapter.updates.items())[:1])
     adapters.write_adapter(
         type(adapter)(**(vars(adapter) | {"updates": kept})), tmp_path / "small.safetensors"

@@ -13,7 +13,6 @@ from prolora.errors import MissingFile, OutputError, UnsupportedFormat, input_er
 from prolora.files.hashing import hash_file, hash_parts, hash_text
 from prolora.files.jsontext import parse_json_object, read_json_object
 from prolora.files.safetensors_file import SafetensorsFile
-from prolora.files.state import FileState, check_unchanged, read_state
 
 
 def test_hashes_are_those_of_sha256(tmp_path: Path) -> None:
@@ -28,32 +27,6 @@ def test_hashes_are_those_of_sha256(tmp_path: Path) -> None:
     assert hash_parts(["ä", tensor.T]) == hashlib.sha256("ä".encode() + stored).hexdigest()
     with pytest.raises(UnsupportedFormat, match="missing: no such file"):
         hash_file(tmp_path / "missing")
-
-
-def test_a_state_tells_a_change_of_content_from_a_new_mode(tmp_path: Path) -> None:
-    path = tmp_path / "x"
-    path.write_text("1")
-    before = read_state(path)
-    path.chmod(0o600)
-    assert read_state(path).has_content_of(before)
-    os.utime(path, ns=(0, 1))
-    assert not read_state(path).has_content_of(before)
-    with pytest.raises(UnsupportedFormat, match="changed while it was in use"):
-        check_unchanged(path, before, os.stat(path))
-    assert FileState.from_status(os.stat(path)) == read_state(path)
-
-
-def test_a_file_that_is_replaced_by_one_of_equal_size_and_time_is_in_another_state(
-    tmp_path: Path,
-) -> None:
-    for name in ("x", "y"):
-        (tmp_path / name).write_text(name)
-        os.utime(tmp_path / name, ns=(1, 1))
-    before = read_state(tmp_path / "x")
-    os.replace(tmp_path / "y", tmp_path / "x")
-    after = read_state(tmp_path / "x")
-    assert (after.size, after.modified) == (before.size, before.modified)
-    assert not after.has_content_of(before) and after != before
 
 
 @pytest.mark.parametrize(

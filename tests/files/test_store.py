@@ -12,7 +12,7 @@ import pytest
 
 from prolora.errors import OutputError, OutputExists, UnsupportedFormat
 from prolora.files import store
-from prolora.files.store import Store, put, put_text
+from prolora.files.store import put, put_text
 
 
 def fill(text: str):
@@ -175,16 +175,3 @@ put({str(tmp_path / "a")!r}, lambda path: os.kill(os.getpid(), signal.SIGKILL))
     store._swept.clear()  # as a later process
     put_text(tmp_path / "c", "an hour later")
     assert left_in(tmp_path) == {"b", "c"}
-
-
-def test_a_name_is_the_digest_of_what_the_content_is_made_of(tmp_path):
-    kept = Store(tmp_path)
-    one = kept.path("loras", {"lora": "1", "options": [1, None]}, title="näon / light", digits=12)
-    assert one == kept.path(
-        "loras", {"options": [1, None], "lora": "1"}, title="näon / light", digits=12
-    )
-    assert one.parent == tmp_path / "loras" and one.name.startswith("näon_light-")
-    assert one != kept.path("loras", {"lora": "2", "options": [1, None]}, title="näon / light")
-    assert not one.exists()
-    kept.refuse(one, UnsupportedFormat("no LoRA"))
-    assert "no LoRA" in store.failure_note(one).read_text() and not one.exists()

@@ -6,13 +6,13 @@ import sys
 
 import pytest
 import torch
+from lora_files import read_header
 from mini import lora_tensors, shapes, source_weights, write_case
 from safetensors.torch import load_file, save_file
 
 import prolora
 from prolora import adapters
 from prolora.bases.cache import basis_cache as cache_module
-from prolora.files.safetensors_file import SafetensorsFile
 
 
 @pytest.fixture
@@ -91,27 +91,6 @@ def test_what_is_there_already_is_left_alone_and_said(folder, monkeypatch):
     assert [o.status for o in redone] == ["moved"] * 3
 
 
-@pytest.mark.parametrize("role", ["alpha", "dora_scale"])
-def test_what_stays_behind_unread_is_told_of_a_result_that_is_there_already(folder, role):
-    loras, source, target, moved = folder
-    tensors = load_file(loras[0])
-    if role == "alpha":  # the rest of an update whose name was damaged
-        name = next(key for key in tensors if key.endswith(".alpha"))
-        tensors[name.replace("attn1", "attn9")] = tensors.pop(name)
-    else:  # depends on a text encoder that the base does not hold
-        stem = "lora_te_text_model_encoder_layers_0_mlp_fc1"
-        tensors[f"{stem}.lora_up.weight"] = torch.ones(6, 2)
-        tensors[f"{stem}.lora_down.weight"] = torch.ones(2, 5)
-        tensors[f"{stem}.dora_scale"] = torch.ones(6, 1)
-    save_file(tensors, loras[0])
-    first = prolora.transfer_many(loras, source, target, moved)
-    again = prolora.transfer_many(loras, source, target, moved)
-    assert [o.status for o in again] == ["already there"] * 3
-    assert first[0].unread and [o.unread for o in again] == [o.unread for o in first]
-    assert again[0].to_dict()["unread"] == first[0].to_dict()["unread"]
-    assert not again[1].unread and not again[1].to_dict()["unread"]
-
-
 def test_a_result_of_anything_else_is_refused_and_stays(folder):
     loras, source, target, moved = folder
     prolora.transfer_many(loras, source, target, moved)
@@ -127,7 +106,7 @@ def test_a_result_of_anything_else_is_refused_and_stays(folder):
     out.write_bytes(out.read_bytes()[:-8])  # cut off
     assert statuses() == ["failed", "failed", "already there"]
     assert statuses(overwrite=True) == ["moved"] * 3
-    assert SafetensorsFile(out).metadata["prolora.lora_hash"].startswith("sha256:")
+    assert read_header(out)["prolora.lora_hash"].startswith("sha256:")
     weights = next(target.glob("*.safetensors"))
     tensors = load_file(weights)
     tensors[next(iter(tensors))] *= 1.01
@@ -181,19 +160,16 @@ def test_inputs_are_never_written_to(folder):
     "error",
     [
         PermissionError(13, "Permission denied"),
-        OverflowError("int too large"),
         MemoryError(),
-        RuntimeError("out of memory"),
         RecursionError("too deep"),
     ],
     ids=lambda error: type(error).__name__,
 )
-@pytest.mark.parametrize("where", ["read_adapter", "write_adapter", "cut_rank"])
+@pytest.mark.parametrize("where", ["read_adapter", "cut_rank"])
 def test_an_error_inside_one_lora_stops_no_other(folder, monkeypatch, error, where):
     loras, source, target, moved = folder
     module, is_bad = {
         "read_adapter": (adapters, lambda lora, **_: lora.path == loras[1]),
-        "write_adapter": (adapters, lambda adapter, path, **_: path.name == loras[1].name),
         # Of the second LoRA alone every update has rank 2.
         "cut_rank": (
             sys.modules["prolora.moving.ledger"],
@@ -225,17 +201,6 @@ def test_files_that_no_system_or_parser_takes_stop_no_other(folder):
     huge.write_bytes(raw.replace(b'"1' + b"0" * 400 + b'"', b"  1" + b"0" * 399 + b"0"))
     outcomes = prolora.transfer_many([huge, long, *loras], source, target, moved)
     assert [outcome.status for outcome in outcomes][1:] == ["failed"] + ["moved"] * 3
-
-
-def test_an_interruption_is_no_failure_of_a_lora(folder, monkeypatch):
-    loras, source, target, moved = folder
-
-    def stop(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(adapters, "read_adapter", stop)
-    with pytest.raises(KeyboardInterrupt):
-        prolora.transfer_many(loras, source, target, moved)
 
 
 def test_a_folder_of_which_a_part_is_gone_is_refused(folder):
@@ -272,26 +237,3 @@ def test_many_loras_without_a_cache_do_not_factorise_again(folder, monkeypatch, 
     )
     outcomes = prolora.transfer_many(loras, source, target, moved, method="prolora")
     assert [outcome.status for outcome in outcomes] == ["moved"] * 3 and sum(calls) == 16
-
-
-def test_results_that_the_caller_names_by_what_they_are_made_of_lie_side_by_side(folder):
-    loras, source, target, moved = folder
-    missing = loras[0].with_name("missing.safetensors")
-
-    def move(**options):
-        return prolora.transfer_many(
-            [*loras, missing],
-            source,
-            target,
-            moved,
-            naming=lambda lora, digest: f"{lora.stem}/one-{digest}",
-            **options,
-        )
-
-    first, other = move(), move(strength=0.5)
-    assert [o.status for o in first] == [o.status for o in other] == ["moved"] * 3 + ["failed"]
-    assert len({o.out for o in first[:3] + other[:3]}) == 6
-    assert first[0].out.parent == moved / "a" and first[0].out.suffix == ".safetensors"
-    assert [o.status for o in move()] == ["already there"] * 3 + ["failed"]
-    with pytest.raises(prolora.errors.OutputError, match="overwrite each other"):
-        prolora.transfer_many(loras, source, target, moved, naming=lambda lora, digest: "one")

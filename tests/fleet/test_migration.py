@@ -15,7 +15,7 @@ from fleet_files import results, some_tensors, write_collection
 from safetensors.torch import save, save_file
 
 import prolora
-from prolora.adapters.lora import Lora
+from prolora import Lora
 from prolora.errors import InvalidOption, MissingFile, OutputError
 from prolora.files.safetensors_file import SafetensorsFile
 from prolora.fleet import migration, on_ray

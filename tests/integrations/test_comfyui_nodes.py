@@ -26,7 +26,6 @@ from prolora.cli.app import app
 from prolora.comparison.expectation import CLASSES
 from prolora.fitting.best_way import WeightsElseFit
 from prolora.fitting.pipelines.pipeline_opening import open_pipeline
-from prolora.fitting.workload import Workload
 
 ROOT = Path(__file__).parents[2]
 PACK = ROOT / "integrations" / "comfyui"
@@ -187,13 +186,6 @@ def test_the_header_tells_which_model_a_lora_was_trained_on(pack, models, told):
     assert f"Moved from {source} (as the LoRA tells) to target" in said
 
 
-def test_a_moved_lora_tells_the_model_that_it_was_moved_to(pack, models):
-    moved = move(pack)
-    write_base(models, "further", target_weights(0.12))
-    said = tell(pack, lora=moved, trained_on="from the LoRA", use_on="further.safetensors")[1]
-    assert "from target (as the LoRA tells) to further" in said
-
-
 def test_every_rank_that_is_offered_works(pack, models):
     ranks = pack.NODE_CLASS_MAPPINGS["ProloraMoveLora"].INPUT_TYPES()["required"]["rank"][0]
     assert "same" in ranks and len(ranks) > 4
@@ -203,11 +195,6 @@ def test_every_rank_that_is_offered_works(pack, models):
         found[rank] = max(prolora.check(file).parts["unet"].ranks)
     assert found["same"] == 4 and found["half"] == 2 and found["4"] == 4
     assert found["exact"] == found["128"] >= 4
-
-
-@pytest.mark.parametrize("program", ["ComfyUI", "as it came", "kohya", "diffusers"])
-def test_every_format_that_is_offered_works(pack, models, program):
-    assert prolora.check(models / "loras" / move(pack, format=program)).kind == "lora"
 
 
 def test_the_output_fits_every_list_of_names_and_nothing_else(pack):
@@ -223,13 +210,6 @@ def test_a_pair_that_cannot_work_is_one_sentence_and_leaves_no_folder(pack, mode
     assert "have nothing in common" in sentence
     assert method == "best" or "Nothing was written" in sentence
     assert not (models / "loras" / "zz-moved").exists()
-
-
-def test_models_of_other_widths_are_told_so_without_a_number(pack, models):
-    wide = {name: torch.randn(48, 48) for name in source_weights()}
-    write_base(models, "wide", wide)
-    sentence = refuse(pack, use_on="wide.safetensors", method="auto")
-    assert "are built differently" in sentence and "×" not in sentence
 
 
 def test_no_text_of_a_node_holds_what_only_a_command_line_can_follow(pack, models):
@@ -265,34 +245,6 @@ def test_every_input_and_output_says_what_it_is_in_words_that_artists_know(pack)
             assert not re.search(foreign, text), text
 
 
-def test_blocks_of_unequal_numbers_are_recognised_by_their_weights(pack, models):
-    def transformer(blocks):
-        generator = torch.Generator().manual_seed(3)
-        names = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "ff.net.2")
-        weights = {
-            f"transformer_blocks.{i}.{name}": torch.randn(48, 48, generator=generator)
-            for i in range(4)
-            for name in names
-        }
-        return {
-            f"transformer_blocks.{new}.{name}": weights[f"transformer_blocks.{old}.{name}"]
-            for new, old in enumerate(blocks)
-            for name in names
-        }
-
-    write_base(models, "source", transformer([0, 1, 2, 3]))
-    write_base(models, "target", transformer([0, 2, 3]))
-    tensors = {}
-    for name in transformer([0, 1, 2, 3]):
-        tensors[f"transformer.{name}.lora_A.weight"] = torch.randn(2, 48)
-        tensors[f"transformer.{name}.lora_B.weight"] = torch.randn(48, 2)
-    save_file(tensors, models / "loras" / "one.safetensors")
-    moved = load_file(models / "loras" / move(pack, method="auto"))
-    original = tensors["transformer.transformer_blocks.2.attn.to_q.lora_A.weight"]
-    factor = next(v for k, v in moved.items() if "blocks.1.attn.to_q.lora_A" in k)
-    assert torch.linalg.matrix_rank(torch.cat([original, factor.float()])) == 2
-
-
 def test_the_stop_button_ends_the_job_and_leaves_nothing(pack, models, monkeypatch):
     import comfy.model_management as management
 
@@ -319,32 +271,6 @@ def test_a_node_says_how_far_it_is_and_how_long_it_takes(pack, monkeypatch):
     progress(3, 4, "transformer_blocks.0.attn.to_q")
     said = ["Working: 25% done, about 3 min left.", "Working: 75% done."]
     assert told == [("prolora.progress", {"node": "7", "text": text}, "page") for text in said]
-
-
-def test_a_fit_says_how_long_it_takes_before_the_first_image_is_drawn(pack, monkeypatch):
-    host, told = sys.modules["comfyui_prolora.host"], []
-    monkeypatch.setattr(host, "_tell_progress", told.append)
-    moments = iter(range(9))
-    monkeypatch.setattr(host.time, "monotonic", lambda: 0.9 * next(moments))
-    progress = host.make_progress()
-    sampled = Workload(prolora.FitOptions(), 25)
-    progress(0, 9, sampled.sentence("a", "b"))  # not shown, since less than a second has passed
-    progress(0, 9, "opening both pipelines")
-    progress(1, 9, "sampling the source")
-    progress(3, 9, "sampling the source, 40 s left")
-    progress(3, 9, "sampling the source, 40 s left")
-    long = f"Both models run, about as long as drawing {sampled.as_images} images takes."
-    assert told == [f"Working: 0% done.\n{long}", "Working: 33% done, about 40 s left."]
-
-
-def test_the_bar_of_a_job_with_stages_starts_anew_with_each(pack):
-    import comfy
-
-    progress = sys.modules["comfyui_prolora.host"].make_progress()
-    for done, total in [(0, 900), (900, 900), (0, 17184), (40, 17184), (0, 300), (299, 300)]:
-        progress(done, total, "")
-    shown = [done / total for done, total in comfy.state.progress]
-    assert shown == pytest.approx([0, 1, 0, 0, 299 / 300])
 
 
 def test_advice_writes_nothing(pack, models):
@@ -404,24 +330,6 @@ def test_a_folder_is_moved_without_what_was_moved_before(pack, models):
     assert choices == ["choose…", "(all)", "styles"]
 
 
-def test_each_lora_of_a_folder_is_moved_from_the_model_that_it_tells(pack, models):
-    write_base(models, "other", target_weights(0.12))
-    write_lora(models, "styles/two", {"ss_sd_model_name": "source"})
-    lines = move_folder(pack, trained_on="from the LoRA")
-    assert lines[1].startswith("✖ one.safetensors: This LoRA does not tell")
-    assert lines[2].startswith("⚠ styles/two.safetensors: load it at strength 1")
-
-
-def test_all_moves_folders_that_hold_one_name_twice(pack, models):
-    write_lora(models, "other/two")
-    report = "\n".join(move_folder(pack))
-    assert report.startswith("⚠ 3 LoRAs (3 ⚠), in place below loras/zz-moved.")
-    moved = list((models / "loras" / "zz-moved").rglob("two*.safetensors"))
-    assert {path.parent.name for path in moved} == {"styles", "other"}
-    assert len(list((models / "loras" / "zz-moved").rglob("two*.html"))) == 2
-    assert "styles/two.safetensors" in report and "other/two.safetensors" in report
-
-
 def test_loras_bases_and_settings_of_one_name_lie_side_by_side(pack, models):
     for folder in ("styles", "other"):
         write_lora(models, f"{folder}/last")
@@ -444,13 +352,6 @@ def test_loras_bases_and_settings_of_one_name_lie_side_by_side(pack, models):
     contents = {name: (models / "loras" / name).read_bytes() for name in names}
     assert move(pack) == names[0]
     assert contents == {name: (models / "loras" / name).read_bytes() for name in names}
-
-
-def test_a_lora_that_was_trained_on_does_not_replace_what_was_moved_before(pack, models):
-    first = move(pack)
-    before = (models / "loras" / first).read_bytes()
-    write_lora(models, "one", rank=2)
-    assert move(pack) != first and (models / "loras" / first).read_bytes() == before
 
 
 def test_a_file_that_is_none_of_ours_is_not_replaced(pack, models):
@@ -527,16 +428,6 @@ def test_before_and_after_are_pictures_that_differ_in_the_strength_alone(pack, m
         assert known[link][1]["rawLink"] and known[link][1]["lazy"]
 
 
-def test_a_row_of_pictures_has_each_below_its_label(pack):
-    picture = torch.full((1, 64, 240, 3), 0.5)
-    values = {f"picture_{i}": picture for i in (1, 2)}
-    (row,) = pack.NODE_CLASS_MAPPINGS["ProloraSideBySide"]().run(labels="without\n0.8", **values)
-    assert row.shape == (1, 64 + 40, 2 * 240 + 8, 3)
-    assert torch.equal(row[:, 40:, :240], picture) and torch.equal(row[:, 40:, 248:], picture)
-    first, second = row[:, :40, :240], row[:, :40, 248:]
-    assert first.min() < 0.2 and first.max() == 1 and not torch.equal(first, second)
-
-
 @pytest.fixture
 def twin(models):
     """A model whose parts have the source's names and shapes, and other weights beside."""
@@ -573,14 +464,6 @@ def test_models_that_were_chosen_the_wrong_way_round_are_refused(pack, models):
     assert move_folder(pack)[1].startswith("✖ one.safetensors: This LoRA says")
     assert "the other way round" in refusal(pack, "ProloraAdvise", LORA | BASES)
     assert not list((models / "loras/zz-moved").rglob("one*"))
-
-
-def test_a_pickle_is_refused_without_a_command_line(pack, models):
-    file = models / "loras" / "old.safetensors"
-    torch.save(lora_tensors(), file)
-    said = refuse(pack, lora="old.safetensors")
-    assert said.startswith("old.safetensors: a pickle checkpoint")
-    assert said.endswith("Convert it to safetensors once.") and "python" not in said
 
 
 def test_a_merge_is_that_of_the_command_line(pack, models, tmp_path, prolora_command):
@@ -628,23 +511,6 @@ def test_another_model_that_is_loaded_is_noticed(pack, models):
     assert "is loaded" not in ask(["4", 0])  # not seen: a node computes the name
     looped = {"3": {"inputs": {"model": ["3", 0]}}}
     assert "(moved before)" in draw(pack, graph=looped, node="3")[-1].splitlines()[0]
-
-
-def test_nothing_is_drawn_where_a_lora_cannot_be_moved(pack):
-    graph, pictures, report = draw(pack, use_on="stranger.safetensors")
-    assert graph is None and pictures.message is None
-    assert report.startswith("✖ ") and "have nothing in common" in report
-
-
-def test_a_changed_file_changes_the_fingerprint(pack, models):
-    node = pack.NODE_CLASS_MAPPINGS["ProloraMoveLora"]
-    before = node.IS_CHANGED(**LORA, **BASES, **WIDGETS)
-    assert before == node.IS_CHANGED(**LORA, **BASES, **WIDGETS)
-    write_lora(models, "one", rank=2)
-    changed = node.IS_CHANGED(**LORA, **BASES, **WIDGETS)
-    assert changed != before
-    write_base(models, "target", target_weights(0.2))
-    assert node.IS_CHANGED(**LORA, **BASES, **WIDGETS) != changed
 
 
 def test_a_changed_file_that_is_not_named_changes_the_fingerprint_too(pack, models):
@@ -754,30 +620,12 @@ def test_a_fit_that_does_not_succeed_writes_nothing(pack, models, fit_quickly):
     assert not (models / "loras" / "zz-moved").exists()
 
 
-def test_the_best_method_leaves_results_side_by_side_too(pack, models):
-    write_lora(models, "other/two")
-    assert move_folder(pack, method="best")[0].startswith("⚠ 3 LoRAs (3 ⚠)")
-    moved = list((models / "loras" / "zz-moved").rglob("two-*.safetensors"))
-    assert len({path.parent.name for path in moved} & {"styles", "other"}) == 2
-    before = {path: path.read_bytes() for path in moved}
-    write_lora(models, "other/two", rank=2)
-    assert move(pack, lora="other/two.safetensors", method="best")
-    assert before == {path: path.read_bytes() for path in moved}
-
-
 def test_another_style_needs_whole_pipelines_and_the_best_method(pack, models):
     refused = refuse(pack, method="best", style="as the LoRA was made", prompts="a cat")
     assert refused.startswith("“style” needs a fit, which runs both models: give them as folders")
     assert move(pack, style="as the LoRA was made", prompts="a cat")  # a copy has no style
     advice = sys.modules["comfyui_prolora.words"].say(CLASSES["changed"].advice)
     assert "the method “best” with “style”: as the LoRA was made makes one" in advice
-
-
-def test_the_best_method_says_what_rank_it_does_not_take(pack, models):
-    for value in ("half", "16"):
-        refused = refuse(pack, method="best", rank=value)
-        assert refused.startswith("“rank” cannot be chosen with the method “best”, because")
-        assert "`" not in refused and "'best'" not in refused
 
 
 def test_a_pipeline_of_two_experts_is_chosen_by_its_files(pack, models):

@@ -6,10 +6,7 @@ import pytest
 from reports import make_report, make_row
 
 from prolora.core.verdict import PairVerdict
-from prolora.fitting.fit_report import FitReport
-from prolora.fitting.gate import Gate
-from prolora.fitting.probe_report import ProbeReport
-from prolora.moving.transfer_report import A_VECTOR, judge, name_amount
+from prolora.moving.transfer_report import A_VECTOR, judge
 
 MATHS = re.compile(r"energy|coverage|module|drift|cosine|norm\b|Φ|κ|update|subspace|basis|--")
 
@@ -123,29 +120,6 @@ def test_what_is_lost_is_said_in_words_too():
 def test_a_dry_run_says_that_nothing_was_written():
     told = make_report(dry_run=True, verdict=None).in_words()
     assert "nothing was written" in told.headline and "Next" not in str(told)
-
-
-@pytest.mark.parametrize(
-    ("share", "word"),
-    [
-        (1.2, "All"),
-        (0.9, "Most"),
-        (0.66, "About two thirds"),
-        (0.5, "About half"),
-        (0.0, "Very little"),
-    ],
-)
-def test_shares_have_names(share, word):
-    assert name_amount(share) == word
-
-
-@pytest.mark.parametrize(("is_refused", "step"), [(True, "draw some images"), (False, "try it at")])
-def test_a_fit_that_did_not_succeed_is_not_recommended(is_refused, step):
-    decision = "refuse" if is_refused else "go"
-    gate = Gate(decision, 1.0, {"all": 0.1}, {"all": 0.1}, "because.")
-    known = {"source": "a", "target": "b", "probe": ProbeReport(0.9, gate=gate)}
-    told = FitReport(method="fit", **known).in_words()
-    assert told.lines[-1].startswith(f"Next: {step}")
 
 
 def test_of_a_lora_without_updates_only_what_is_known_is_said():

@@ -9,7 +9,8 @@ import shutil
 import pytest
 from reports import KINDS, PLACES, make_report, make_row
 
-from prolora.reports.outcome import Outcome, OutcomesReport
+from prolora import Outcome
+from prolora.reports.outcome import OutcomesReport
 from prolora.reports.report import PictureGrid
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
