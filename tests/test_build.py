@@ -91,13 +91,6 @@ def test_kernels_that_cannot_be_compiled_cost_the_kernels_alone(backend, capsys)
     assert "without CUDA kernels" in capsys.readouterr().err
 
 
-def test_a_wish_for_the_emulator_keeps_nobody_from_installing(backend, monkeypatch, capsys):
-    monkeypatch.setenv("PROLORA_EMULATE", "ON")
-    machine(monkeypatch, tools=())
-    run(backend, works=is_pure)
-    assert "there is no C++ compiler" in capsys.readouterr().err
-
-
 def test_a_build_that_works_says_nothing(backend, capsys):
     assert run(backend, works=lambda settings: True) == [{}]
     assert capsys.readouterr() == ("", "")
@@ -235,19 +228,6 @@ def test_warnings_are_errors_only_where_that_was_asked_for(configure):
     assert code == 0 and lines and all("-Werror" in line for line in lines)
     project = (BACKEND.parent / "pyproject.toml").read_text()
     assert 'PROLORA_WERROR = {env = "PROLORA_WERROR", default = "OFF"}' in project
-
-
-@pytest.mark.slow
-def test_warnings_of_nvcc_and_ptxas_are_errors_only_where_that_was_asked_for(configure):
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
-        pytest.skip("no nvcc")
-    for asked, words in ((), False), (("PROLORA_WERROR=ON",), True):
-        code, said, lines = configure(*asked, CUDACXX=nvcc)
-        kernels = [line for line in lines if ".cu" in line]
-        if not kernels:
-            pytest.skip(f"this nvcc builds no kernels: {said[-200:]}")
-        assert code == 0 and all(("Werror" in line) is words for line in kernels)
 
 
 @pytest.mark.slow
