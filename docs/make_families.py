@@ -1,4 +1,4 @@
-"""Writes docs/families.md: what every family is, from its file in `architectures/families`.
+"""Writes the tables of docs/families.md: what every family is, and which programs read it.
 
 python docs/make_families.py            # write the page
 python docs/make_families.py --check    # exit 1 where the page differs from the data
@@ -19,38 +19,33 @@ from prolora.architectures.shared_names import find_unet_names
 
 PAGE = Path(__file__).resolve().parent / "families.md"
 BEGIN = "<!-- made by docs/make_families.py -->"
-FORMATS = ("comfy", "kohya", "diffusers", "peft")
+FORMATS = ("comfy", "kohya", "diffusers")
 _ATTENTION = ("attn.to_q", "attn1.to_q", "attention.to_q", "attn.wq", "to_q", "attn")
 
 
 def write_page() -> str:
     """The introduction, which people write above BEGIN, and the tables."""
     families = sorted(known_families().values(), key=lambda family: family.title.lower())
-    transformers = [family for family in families if not family.unet]
+    programs = known_loaders()
     lines = [
         PAGE.read_text("utf-8").partition(BEGIN)[0] + BEGIN,
         "",
         "## The families",
         "",
-        "Matrices are weights of two or more axes. Programs are those that were tried and read the "
-        "whole file",
-        "([formats.md](formats.md) says how); a format that is missing is read by none of them.",
+        "Matrices are weights of two or more axes. A program reads all of the formats beside it, and",
+        "parts of those in parentheses ([formats.md](formats.md) explains how this was measured).",
+        "The last column is a query of the first block, as each format names it; in a fused matrix",
+        "it is the first rows.",
         "",
-        "| family (`id`) | published sizes: matrices, parameters | format: read by |",
-        "|---|---|---|",
-    ]
-    lines += [f"| {_title(one)} | {_sizes(one)} | {_formats(one)} |" for one in families]
-    lines += [
-        "",
-        "## How one module is spelled",
-        "",
-        "A query of the first block, as each format names it. In a fused matrix it is the first "
-        "rows.",
-        "",
-        "| family | comfy | kohya | diffusers |",
+        "| family (`id`) | sizes: matrices, parameters | program: formats that it reads | module |",
         "|---|---|---|---|",
     ]
-    lines += [f"| {one.title} | {_spellings(one)} |" for one in transformers]
+    lines += [
+        f"| {_title(one)} | {_sizes(one)} | {_programs(one)} | {_spellings(one)} |"
+        for one in families
+    ]
+    lines += ["", "## The programs", "", "| `--for` | program | version |", "|---|---|---|"]
+    lines += [f"| `{id_}` | {one.title} | {one.version} |" for id_, one in programs.items()]
     return "\n".join(lines) + "\n"
 
 
@@ -72,28 +67,40 @@ def _sizes(family: Family) -> str:
     return "<br>".join(sizes)
 
 
-def _formats(family: Family) -> str:
+def _programs(family: Family) -> str:
     rows = []
-    for format, group in product(FORMATS, family.as_loaded):
-        row = name_row(group, format, family.spellings.get(format))
-        usual = load_layout(group.layouts[0]).adapted
-        reach = find_reach(group, row, usual) if format in family.spellings else {}
-        whole = [one.title for id_, one in known_loaders().items() if reach.get(id_) == "whole"]
-        if whole:
-            title = f" ({group.title})" if family.groups else ""
-            rows.append(f"`{format}`{title}: {', '.join(whole)}")
+    for group, (id_, program) in product(family.as_loaded, known_loaders().items()):
+        title = f" ({group.title})" if family.groups else ""
+        if formats := _list_formats(group, id_):
+            rows.append(f"{program.title}{title}: {formats}")
     return "<br>".join(rows) or "not tried"
+
+
+def _list_formats(family: Family, program: str) -> str:
+    """The formats that a program reads whole, those that it reads in part in parentheses."""
+    usual = load_layout(family.layouts[0]).adapted
+    reach = {
+        format: find_reach(family, name_row(family, format, spelling), usual).get(program)
+        for format, spelling in family.spellings.items()
+    }
+    if set(reach.values()) == {None}:
+        has_models = program in find_reach(family, "of nobody's spelling", usual)
+        return "not whole" if has_models else ""
+    formats = [format for format, amount in reach.items() if amount == "whole"]
+    part = [format for format, amount in reach.items() if amount == "part"]
+    formats += [f"({', '.join(part)})"] if part else []
+    return ", ".join(formats) or "none"
 
 
 def _spellings(family: Family) -> str:
     module = _first_query(family)
     names = find_unet_names(load_layout(family.layouts[0]).shapes) if family.unet else family
-    cells = []
-    for format in FORMATS[:3]:
+    paths = []
+    for format in FORMATS:
         spelling = family.spellings.get(format)
-        path = spelling and Codec(names, spelling=spelling).write(module)
-        cells.append(f"`{path}`" if path else "–")
-    return " | ".join(cells)
+        if path := spelling and Codec(names, spelling=spelling).write(module):
+            paths.append(f"`{path}`")
+    return "<br>".join(paths)
 
 
 def _first_query(family: Family) -> str:

@@ -94,8 +94,9 @@ def test_ci_runs_the_commands_of_the_readme_and_installs_nothing_beside_them():
     assert "apt-get" not in script
 
 
-def test_the_script_of_the_page_for_browsers_can_be_read():
-    script = (ROOT / "docs/doctor/worker.js").read_bytes()
+@pytest.mark.parametrize("name", ["doctor/worker.js", "filter.js"])
+def test_the_scripts_of_pages_for_browsers_can_be_read(name):
+    script = (ROOT / "docs" / name).read_bytes()
     subprocess.run([find_node(), "--check", "--input-type=module", "-"], input=script, check=True)
 
 
@@ -105,14 +106,9 @@ def check_page(script, monkeypatch):
     runpy.run_path(str(ROOT / "docs" / script), run_name="__main__")
 
 
-def test_the_page_of_families_says_what_their_files_say(monkeypatch):
+def test_the_page_of_families_says_what_their_files_say_and_who_reads_them(monkeypatch):
     """`python docs/make_families.py` writes it."""
     check_page("make_families.py", monkeypatch)
-
-
-def test_the_page_of_formats_says_who_reads_what(monkeypatch):
-    """`python docs/make_formats.py` writes it."""
-    check_page("make_formats.py", monkeypatch)
 
 
 @pytest.mark.skipif(not (ROOT / "bench" / "results").exists(), reason="a source distribution")
