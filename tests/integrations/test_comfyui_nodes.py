@@ -608,7 +608,8 @@ def test_the_best_method_runs_models_that_have_nothing_in_common(pack, models, f
     assert "the look of first-v1.5 was asked for" in report
     assert report.count("samples that the fit did not see") <= 1  # one figure for one thing
     assert prolora.check(models / "loras" / name).kind == "lora"
-    assert (models / "loras" / name).with_suffix(".html").is_file()
+    page = (models / "loras" / name).with_suffix(".html").read_text("utf-8")
+    assert page.count("data:image/png") >= 2 * 4  # both prompts, without the LoRA and with it
     again = tell(pack, **APART, **style)
     assert again[0] == name and "(moved before)" in again[1]
 

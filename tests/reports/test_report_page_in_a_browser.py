@@ -115,27 +115,10 @@ def test_a_keyboard_sorts_and_filters_the_table(open_page, file):
     assert shown(page) == [f"{PLACES[1]}.transformer_blocks.1.attn1.to_q"]
 
 
-def test_arrow_keys_walk_over_the_map_and_enter_finds_the_row(open_page, file):
-    page = open_page(file, 390)
-    first = f"{PLACES[0]}.transformer_blocks."
-    page.locator(".map a").first.focus()
-    assert page.inner_text("#readout").startswith(f"{first}0.attn1.to_q: 0% kept")
-    page.keyboard.press("ArrowRight")
-    assert page.inner_text("#readout").startswith(f"{first}1.attn1.to_q: skipped, <script>")
-    page.keyboard.press("ArrowDown")
-    assert page.inner_text("#readout").startswith(f"{first}1.attn1.to_k: skipped")
-    assert page.locator(".map a[tabindex='0']").count() == 1
-    page.locator("input[type=search]").fill("up_blocks")
-    page.locator(".map a[tabindex='0']").press("Enter")
-    row = page.locator("#modules tr:target")
-    assert row.locator("th").inner_text() == f"{first}1.attn1.to_k" and row.is_visible()
-
-
 def test_it_reads_without_scripts(open_page, file):
     page = open_page(file, scripts=False)
     assert len(shown(page)) == 9 * 12 and page.locator(".filter, th button").count() == 0
-    assert not page.is_visible("#readout")
-    assert page.locator(".map a title").first.text_content().startswith(PLACES[0])
+    assert shown(page)[0].startswith(PLACES[0])
 
 
 def test_the_index_of_several_loras_sorts_and_fits(open_page, tmp_path):

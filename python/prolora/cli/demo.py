@@ -21,11 +21,10 @@ from ..best import transfer
 from ..errors import ProLoRAError
 from ..files.store import check_free, put_text
 from ..fitting.fit import fit
-from ..fitting.settings import FitSettings, read_prompts
+from ..fitting.settings import SHOWN, FitSettings, read_prompts
 from ..fitting.showing import ImageGrid
 from ..reports.lora_report import LoraReport, MovedReport
 from .console import out, progress_bar
-from .fit import SHOWN
 from .flags import OverwriteOption, path_option
 from .transfer import show_report, spell_flags
 

@@ -13,7 +13,7 @@ from ..bases import Base, open_base
 from ..bases.base import Progress
 from ..fitting.fit import fit as fit_lora
 from ..fitting.fit import fit_many
-from ..fitting.settings import FitOptions, read_prompts
+from ..fitting.settings import SHOWN, FitOptions, read_prompts
 from ..reports.outcome import Outcome
 from ..reports.report import is_page_path
 from ..verbs.result import Transfer
@@ -28,9 +28,6 @@ from .options import (
     take_bases,
 )
 from .transfer import LoraArguments, check_output_given, check_outputs, plan_each, print_outcomes
-
-SHOWN = 4
-"""Prompts of which a page shows images."""
 
 
 class FitCommand(BriefCommand):

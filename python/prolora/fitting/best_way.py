@@ -29,7 +29,7 @@ from .fit import fit_lora
 from .fit_plan import explain_need
 from .fit_report import plan_fit
 from .kept_parts import KeptParts, watch_pipelines
-from .settings import FitOptions
+from .settings import SHOWN, FitOptions
 
 __all__ = ["KeptParts", "WeightsElseFit"]
 
@@ -68,7 +68,8 @@ class WeightsElseFit:
                     f"`{name}` cannot be chosen with `method='best'`, because a fit cannot use it: "
                     "keep the default there, or choose another method"
                 )
-        fit = FitOptions(**{name: getattr(options, name) for name in OF_A_FIT_TOO})
+        shared = {name: getattr(options, name) for name in OF_A_FIT_TOO}
+        fit = FitOptions(**shared, shown_prompts=SHOWN)
         runs, latents = vae.can_fit(source.path, target.path), None
         if fit.look_of_source and not runs:
             raise InvalidOption(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -22,6 +22,7 @@ from ..moving.plan import ModulePlan
 from ..moving.transfer_report import LITTLE, MOST, TransferReport, describe_coverage, name_amount
 from ..reports.lora_report import MovedReport
 from ..reports.module_report import ModuleReport, list_unread_modules, split_modules
+from ..reports.module_tables import Measured
 from ..reports.report import Mark, Sentence
 from ..reports.table import Table
 from ..verbs.options import FIT, LoraLike
@@ -98,6 +99,10 @@ class FitReport(MovedReport):
         if self.rows("mapped") and not self.dry_run:
             del found[0]  # which compares each part with a copy
         return found
+
+    def _measured(self) -> Sequence[Measured]:
+        """Lists the numbers of modules but "kept", since a fit keeps nothing of the copy."""
+        return [one for one in super()._measured() if one[0].name != "kept"]
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)

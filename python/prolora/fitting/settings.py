@@ -31,6 +31,8 @@ FEW_STEPS = 4
 """Steps of targets whose files say that they draw in few, unless another number is asked."""
 MAX_SAMPLES = (1152, 192, 48)
 """Largest default number of samples for the fit, for the verdict, and of one step."""
+SHOWN = 4
+"""Prompts of which the page of a report shows images."""
 SAMPLING, FITTING = "Sampling", "Fit"
 
 # Settings that the fitted updates depend on, beside the questions; and the samples.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,12 +22,12 @@ from .module_report import (
     split_modules,
 )
 from .module_tables import (
-    map_modules,
+    MEASURED,
+    Measured,
     tabulate_modules,
     tabulate_moved,
     tabulate_reasons,
 )
-from .place_map import PlaceMap
 from .report import PictureGrid, Report, Sentence, read_again
 from .table import Column, Row, Table, make_table
 
@@ -133,7 +133,7 @@ class LoraReport(Report):
         """Tabulates what moved, and what did not."""
         mapped = self.rows("mapped")
         title = f"{self.title}, method {self.method}"
-        moved = [tabulate_moved(title, mapped, self.dry_run)] if mapped else []
+        moved = [tabulate_moved(title, mapped, self._measured())] if mapped else []
         behind = tabulate_reasons(self.modules)
         return [*moved, behind] if behind else moved
 
@@ -143,12 +143,13 @@ class LoraReport(Report):
         if self.left_out:
             columns, rows = (Column("tensor"), Column("why")), map(Row, self.left_out.items())
             tables.append(make_table(self._count_left_out(), columns, rows))
-        return [*tables, tabulate_modules(self.modules, self.dry_run)] if self.modules else tables
+        if self.modules:
+            tables.append(tabulate_modules(self.modules, self._measured()))
+        return tables
 
-    @property
-    def map(self) -> PlaceMap:
-        """Where in the model the LoRA was kept."""
-        return map_modules(self.modules, self.dry_run)
+    def _measured(self) -> Sequence[Measured]:
+        """Lists the numbers that the tables of modules have."""
+        return () if self.dry_run else MEASURED
 
     def cautions(self) -> list[str]:
         """Lists what was lost, or needs a look."""

@@ -1,4 +1,4 @@
-"""Tables and the map of what became of modules.
+"""Tables of what became of modules.
 
 Means are weighted by the energy of the updates, and None where a number is not known.
 """
@@ -9,17 +9,22 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
-from ..architectures.modules import find_stage
+from ..architectures.depth import is_number, stack_order
+from ..architectures.modules import find_block, find_stage
 from ..core.grouping import group_by
 from ..core.means import weighted_mean
 from .module_report import Measures, ModuleReport
-from .place_map import PlaceMap, Spot
 from .table import NOTHING, Cell, Column, Row, Table, make_table, write_extremes
 
 MODULES = "modules"
-"""The id of the table that the map leads to."""
+"""The id of the table that can be sorted and filtered."""
 
-_COLUMNS: tuple[tuple[Column, Callable[[Sequence[ModuleReport]], float | None]], ...] = (
+_PARTS = ("to_q", "to_k", "to_v", "to_out", "add_q", "add_k", "add_v", "to_add_out")
+"""The parts of an attention layer in the order of the computation."""
+
+Measured = tuple[Column, Callable[[Sequence[ModuleReport]], float | None]]
+
+MEASURED: tuple[Measured, ...] = (
     (Column("kept", ".0%", has_bar=True), lambda rows: average_rows(rows, share_kept)),
     (Column("vs copy", ".2f"), lambda rows: average_rows(rows, lambda row: row.copy_distance)),
     (Column("norm", ".2f"), lambda rows: average_rows(rows, lambda row: row.norm_ratio)),
@@ -29,67 +34,50 @@ _COLUMNS: tuple[tuple[Column, Callable[[Sequence[ModuleReport]], float | None]],
     (Column("above", ".2f"), lambda rows: find_overlap(rows)),
     (Column("mixed", ".0%"), lambda rows: average_measures(rows, lambda m: m.mixed_energy)),
 )
-"""The numbers of modules that moved."""
+"""The numbers of modules that moved; those of a fit have no "kept"."""
 
 
-def tabulate_moved(title: str, rows: Sequence[ModuleReport], is_planned: bool) -> Table:
+def tabulate_moved(title: str, rows: Sequence[ModuleReport], measured: Sequence[Measured]) -> Table:
     """Tabulates what moved, by part of the model.
 
-    `is_planned` says that nothing has moved yet, so that ranks alone are known.
+    `measured` is empty where nothing has moved yet, so that ranks alone are known.
     """
-    columns = () if is_planned else _COLUMNS
     parts = group_by(rows, lambda row: find_stage(row.source))
     shown = []
     for name, some in (*parts.items(), ("all", rows)):
         cells: list[Cell] = [name.replace("transformer_blocks", "blocks"), len(some)]
-        cells += [value(some) for _, value in columns]
-        known_ranks = [row.rank_out for row in some if row.rank_out or not is_planned]
+        cells += [value(some) for _, value in measured]
+        known_ranks = [row.rank_out for row in some if row.rank_out or measured]
         ranks = write_extremes(known_ranks) if known_ranks else NOTHING
         shown.append(Row((*cells, ranks), "total" if name == "all" else ""))
-    names = Column("part"), Column("n", "d"), *(column for column, _ in columns)
+    names = Column("part"), Column("n", "d"), *(column for column, _ in measured)
     return make_table(title, (*names, Column("rank", "")), shown)
 
 
-def tabulate_modules(modules: Sequence[ModuleReport], is_planned: bool) -> Table:
+def tabulate_modules(modules: Sequence[ModuleReport], measured: Sequence[Measured]) -> Table:
     """Tabulates every module of the LoRA in model order, moved or not."""
     total = sum(row.energy for row in modules)
     renamed = any(row.target not in (None, row.source) for row in modules)
-    moved_columns = () if is_planned else _COLUMNS
     columns = [Column("module"), *([Column("target")] if renamed else []), Column("status")]
-    columns += [column for column, _ in moved_columns]
+    columns += [column for column, _ in measured]
     columns += [Column("angle", ".0f"), Column("energy", ".2%")]
     columns += [Column(name, "") for name in ("rank in", "rank out", "shape")] + [Column("why")]
     rows = []
-    for i in map_modules(modules, is_planned).order:
-        row = modules[i]
+    for row in sorted(modules, key=lambda row: _order_module(row.source)):
         moved = [row] if row.status == "mapped" else []
         angle = average_measures(moved, lambda m: m.angle)
         cells: list[Cell] = [row.source, *([row.target or NOTHING] if renamed else []), row.status]
-        cells += [value(moved) for _, value in moved_columns]
+        cells += [value(moved) for _, value in measured]
         degrees = None if angle is None else math.degrees(angle)
         cells += [degrees, row.energy / total if total else None, str(row.rank_in or NOTHING)]
         cells += [str(row.rank_out) if moved else NOTHING, write_shape(row.shape), row.reason]
-        rows.append(Row(tuple(cells), "" if moved else "warn", f"m{i}"))
+        rows.append(Row(tuple(cells), "" if moved else "warn"))
     return make_table("Every module of the LoRA", columns, rows, MODULES)
 
 
 def write_shape(shape: Sequence[int]) -> str:
     """Writes a shape as `320×768`, or a dash."""
     return "×".join(map(str, shape)) or NOTHING
-
-
-def map_modules(modules: Sequence[ModuleReport], is_planned: bool) -> PlaceMap:
-    """Maps where in the model a LoRA was kept."""
-    spots = []
-    for row in modules:
-        share, mapped = None if is_planned else share_kept(row), row.status == "mapped"
-        onto = f" to {row.target}," if row.target not in (None, row.source) else ""
-        share_text = "" if share is None else f" {share:.0%} kept,"
-        text = f":{onto}{share_text} {row.reason}" if mapped else f": {row.status}, {row.reason}"
-        spots.append(Spot(row.source, share, mapped, row.energy, row.source + text))
-    if is_planned:
-        return PlaceMap(spots, "", "would move", "would not move")
-    return PlaceMap(spots)
 
 
 def share_kept(row: ModuleReport) -> float | None:
@@ -101,6 +89,23 @@ def share_kept(row: ModuleReport) -> float | None:
     if row.status != "mapped":
         return 0.0
     return None if math.isnan(row.norm_ratio) else row.norm_ratio**2
+
+
+def _order_module(name: str) -> tuple[object, ...]:
+    """Orders modules as the model computes: by stack, block, layer and part of it."""
+    block = find_block(name)
+    if block is None:  # around a stack of blocks, and before them
+        place, _, kind = name.rpartition(".")
+        return stack_order(place), False, 0, _order_kind(kind)
+    place = block.stack.removesuffix(".transformer_blocks")
+    number = int(block.number) if is_number(block.number) else 0
+    return stack_order(place), True, number, _order_kind(block.local)
+
+
+def _order_kind(kind: str) -> tuple[object, ...]:
+    layer, _, part = kind.partition(".")
+    place = next((i for i, start in enumerate(_PARTS) if part.startswith(start)), len(_PARTS))
+    return not part, layer, place, kind
 
 
 def tabulate_reasons(modules: Iterable[ModuleReport]) -> Table | None:

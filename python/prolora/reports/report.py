@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 from ..files.jsontext import replace_nonfinite
 
 if TYPE_CHECKING:  # `check` of a file imports little
-    from .place_map import PlaceMap
     from .table import Table
 
 Mark = Literal["✔", "⚠", "✖"]
@@ -116,11 +115,6 @@ class Report:
     def page_tables(self) -> list[Table]:
         """Tabulates them for a page, which has room for every row."""
         return self.tables()
-
-    @property
-    def map(self) -> PlaceMap | None:
-        """Where in the model; None without a place."""
-        return None
 
     @property
     def pictures(self) -> PictureGrid | None:

@@ -59,7 +59,6 @@ class Row:
 
     cells: tuple[Cell, ...]  # one for each column
     tone: Tone = ""  # how it stands out
-    anchor: str = ""  # by which the map of a page leads to it
     below: tuple[str, ...] = ()  # what a page says of it on request
 
 

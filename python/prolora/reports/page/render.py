@@ -14,7 +14,6 @@ from markupsafe import Markup, escape
 
 from ...version import __version__
 from .controls import replace_controls
-from .drawing import draw_map
 
 
 def render_page(report: Any, facts: Mapping[str, str], spell: Callable[[str], str]) -> str:
@@ -33,9 +32,8 @@ def render_page(report: Any, facts: Mapping[str, str], spell: Callable[[str], st
         "policy": policy,
         "version": __version__,
     }
-    drawn = draw_map(report.map) if report.map and report.map.spots else None
     context |= {"report": report, "words": report.in_words(), "spell": spell, "facts": facts}
-    return _environment().get_template("page.html").render(drawn=drawn, **context)
+    return _environment().get_template("page.html").render(**context)
 
 
 @cache

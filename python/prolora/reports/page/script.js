@@ -1,6 +1,5 @@
 "use strict";
-// Sorting and filtering of tables, and a walk over the map with the arrow keys. The page reads
-// without this: rows then stand in the order of the file, and cells have titles.
+// Sorting and filtering of tables. Without this, rows are in the order of the model.
 
 // The number that a cell's text begins with; NaN where there is none, as in "–".
 function readNumber(text) {
@@ -29,18 +28,6 @@ function rowMatches(text, status, query, wanted) {
   if (wanted && status !== wanted) return false;
   const lower = text.toLowerCase();
   return query.toLowerCase().split(/\s+/).every((word) => lower.includes(word));
-}
-
-// The cell to go to from cells[i] by an arrow key: the nearest one in that direction.
-function nextCell(cells, i, key) {
-  const [dx, dy] = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[key];
-  let best = i, least = Infinity;
-  cells.forEach((cell, j) => {
-    const x = cell.x - cells[i].x, y = cell.y - cells[i].y;
-    const ahead = dx * x + dy * y, aside = Math.abs(dx ? y : x);
-    if (ahead > 0 && ahead + 4 * aside < least) { least = ahead + 4 * aside; best = j; }
-  });
-  return best;
 }
 
 function makeSortable(table) {
@@ -90,40 +77,11 @@ function makeFilterable(table) {
   select.addEventListener("change", filter);
   filter();
   table.parentNode.before(form);
-  // A link of the map must find its row.
-  addEventListener("hashchange", () => {
-    const row = document.getElementById(location.hash.slice(1));
-    if (row && row.hidden) { text.value = ""; select.value = ""; filter(); row.scrollIntoView(); }
-  });
-}
-
-function makeWalkable(map, readout) {
-  const links = [...map.querySelectorAll("a")];
-  const cells = links.map((link) => {
-    const box = link.querySelector("rect");
-    return { x: +box.getAttribute("x"), y: +box.getAttribute("y") };
-  });
-  const show = (link) => {
-    readout.textContent = link.querySelector("title").textContent;
-    links.forEach((other) => other.setAttribute("tabindex", other === link ? 0 : -1));
-  };
-  readout.hidden = false;
-  readout.textContent = "Point at a cell, or walk over the map with the arrow keys.";
-  links.forEach((link, i) => {
-    link.addEventListener("mouseenter", () => { readout.textContent = link.querySelector("title").textContent; });
-    link.addEventListener("focus", () => show(link));
-    link.addEventListener("keydown", (event) => {
-      if (!event.key.startsWith("Arrow")) return;
-      event.preventDefault();
-      links[nextCell(cells, i, event.key)].focus();
-    });
-  });
 }
 
 if (typeof document === "undefined") {
-  module.exports = { compareCells, sortOrder, rowMatches, nextCell };
+  module.exports = { compareCells, sortOrder, rowMatches };
 } else {
   document.querySelectorAll("#modules, .index table").forEach(makeSortable);
   document.querySelectorAll("#modules").forEach(makeFilterable);
-  document.querySelectorAll(".map").forEach((map) => makeWalkable(map, document.getElementById("readout")));
 }
