@@ -36,8 +36,8 @@ def words():
 def list_messages():
     """(file, text) of every text of the library that is no docstring."""
     for file, tree in structure.parse_files().items():
-        docs = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
-        for node in ast.walk(tree):
+        docs = {id(node.value) for node in structure.walk(tree) if isinstance(node, ast.Expr)}
+        for node in structure.walk(tree):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 if id(node) not in docs:
                     yield file, node.value

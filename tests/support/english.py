@@ -47,14 +47,14 @@ def list_messages() -> list[tuple[str, str]]:
     """(place, text) of every text of the package that is no docstring; f-strings as a whole."""
     found = []
     for file, tree in structure.parse_files().items():
-        docs = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        docs = {id(node.value) for node in structure.walk(tree) if isinstance(node, ast.Expr)}
         inside = {
             id(part)
-            for node in ast.walk(tree)
+            for node in structure.walk(tree)
             if isinstance(node, ast.JoinedStr)
             for part in node.values
         }
-        for node in ast.walk(tree):
+        for node in structure.walk(tree):
             if isinstance(node, ast.JoinedStr):
                 parts = [p.value if isinstance(p, ast.Constant) else "X" for p in node.values]
                 found.append((f"{file}:{node.lineno}", "".join(map(str, parts))))

@@ -31,6 +31,12 @@ def parse_file(file: Path) -> ast.Module:
     return ast.parse(file.read_text("utf-8"))
 
 
+@cache
+def walk(node: ast.AST) -> tuple[ast.AST, ...]:
+    """Its nodes; every rule asks for them anew."""
+    return tuple(ast.walk(node))
+
+
 def parse_files(package: Path = PACKAGE) -> dict[Path, ast.Module]:
     """Path below the package -> its syntax tree."""
     return {file.relative_to(package): parse_file(file) for file in sorted(package.rglob("*.py"))}
@@ -54,7 +60,7 @@ def _is_command(files: list[str]) -> bool:
 
 
 def _walk_functions(tree: ast.Module) -> Iterator[Function]:
-    yield from (node for node in ast.walk(tree) if isinstance(node, Function))
+    yield from (node for node in walk(tree) if isinstance(node, Function))
 
 
 def find_wide_signatures(trees: dict[Path, ast.Module]) -> dict[str, int]:
@@ -94,10 +100,10 @@ def find_starred_calls(trees: dict[Path, ast.Module]) -> list[str]:
     for file, function in functions:
         sizes = {
             ast.unparse(node.targets[0]): len(node.value.elts)
-            for node in ast.walk(function)
+            for node in walk(function)
             if isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple)
         }
-        for call in (node for node in ast.walk(function) if isinstance(node, ast.Call)):
+        for call in (node for node in walk(function) if isinstance(node, ast.Call)):
             values = [x.value for x in call.args if isinstance(x, ast.Starred)]
             names = [value.id for value in values if isinstance(value, ast.Name)]
             callee = getattr(call.func, "attr", getattr(call.func, "id", ""))
@@ -111,7 +117,7 @@ def _count_wanted_arguments(trees: dict[Path, ast.Module]) -> dict[str, int]:
     """Function or class -> arguments that it must be given; the fewest where a name has several."""
     wanted: dict[str, int] = {}
     for tree in trees.values():
-        for node in ast.walk(tree):
+        for node in walk(tree):
             if isinstance(node, ast.ClassDef):
                 count = sum(isinstance(x, ast.AnnAssign) and x.value is None for x in node.body)
             elif isinstance(node, Function):
@@ -128,7 +134,7 @@ def find_restating_docstrings(trees: dict[Path, ast.Module]) -> list[str]:
     """Functions and classes whose docstring says in four words or fewer what the name says."""
     restating = []
     for file, tree in trees.items():
-        for node in ast.walk(tree):
+        for node in walk(tree):
             if not isinstance(node, Function | ast.ClassDef):
                 continue
             words = re.findall(r"[a-z]+", (ast.get_docstring(node) or "").lower())
@@ -155,7 +161,7 @@ def find_unclear_docstrings(trees: dict[Path, ast.Module]) -> list[str]:
     return [
         f"{file}:{line} {reason}: {text[:60]}"
         for file, tree in trees.items()
-        for node in ast.walk(tree)
+        for node in walk(tree)
         if not _is_help_text(file, node)
         for line, reason, text in _judge_docstring(node)
     ]
@@ -202,7 +208,7 @@ def find_flags(trees: dict[Path, ast.Module]) -> list[str]:
     for file, tree in trees.items():
         if file.parts[0] == "cli":
             continue
-        for node in ast.walk(tree):
+        for node in walk(tree):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 named += [f"{file}:{node.lineno} {flag}" for flag in FLAG.findall(node.value)]
     return named
@@ -212,7 +218,7 @@ def find_flags(trees: dict[Path, ast.Module]) -> list[str]:
 def list_imports(file: Path, package: Path = PACKAGE) -> frozenset[Path]:
     """The files below the package that a file imports anywhere, for types too."""
     imported: set[Path] = set()
-    for node in ast.walk(parse_file(file)):
+    for node in walk(parse_file(file)):
         if isinstance(node, ast.ImportFrom):
             start = file.parents[node.level - 1] if node.level else package.parent
             bases = [start.joinpath(*(node.module or "").split("."))]
@@ -259,10 +265,10 @@ def find_row_writers(trees: dict[Path, ast.Module]) -> list[str]:
     """Functions that make a row of a report, or change one: `replace(row, …)`."""
     writers = []
     for file, tree in trees.items():
-        if not any(isinstance(x, ast.Name) and x.id == "ModuleReport" for x in ast.walk(tree)):
+        if not any(isinstance(x, ast.Name) and x.id == "ModuleReport" for x in walk(tree)):
             continue
         for function in _walk_functions(tree):
-            for node in ast.walk(function):
+            for node in walk(function):
                 if isinstance(node, ast.Call) and _writes_row(node):
                     writers.append(f"{file}:{function.name}")
                     break
@@ -283,7 +289,7 @@ def find_planners(trees: dict[Path, ast.Module]) -> list[str]:
         f"{file}:{function.name}"
         for file, tree in trees.items()
         for function in _walk_functions(tree)
-        for node in ast.walk(function)
+        for node in walk(function)
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "make_plan"
     ]
 
@@ -303,13 +309,13 @@ ROOMS_OF_VERBS = {"cli", "moving", "making", "fitting", "best.py", "checking", "
 def find_tellings(trees: dict[Path, ast.Module]) -> dict[str, list[str]]:
     """Option -> public signatures and classes of the verbs that give it a default once more."""
     tellings: dict[str, list[str]] = {}
-    classes = [node for tree in trees.values() for node in ast.walk(tree)]
+    classes = [node for tree in trees.values() for node in walk(tree)]
     for node in classes:
         if isinstance(node, ast.ClassDef) and node.name in OPTION_CLASSES:
             tellings |= {name: [] for name in _list_defaults(node)}
     for file, tree in trees.items():
         if file.parts[0] in ROOMS_OF_VERBS:
-            for node in ast.walk(tree):
+            for node in walk(tree):
                 for name in tellings.keys() & set(_list_defaults(node)):
                     tellings[name].append(f"{file}:{node.name}")
     return tellings
@@ -339,15 +345,15 @@ def count_inner_tests(tests: Path) -> int:
         tree = parse_file(file)
         inner = {
             alias.asname or alias.name
-            for node in ast.walk(tree)
+            for node in walk(tree)
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("prolora")
             for alias in node.names
             if node.module not in PUBLIC_MODULES
             or (node.module == "prolora" and (PACKAGE / alias.name).is_dir())
         }
         for function in _walk_functions(tree):
-            names = [node for node in ast.walk(function) if isinstance(node, ast.Name)]
-            dotted = [node for node in ast.walk(function) if isinstance(node, ast.Attribute)]
+            names = [node for node in walk(function) if isinstance(node, ast.Name)]
+            dotted = [node for node in walk(function) if isinstance(node, ast.Attribute)]
             count += function.name.startswith("test_") and (
                 any(node.id in inner for node in names) or any(map(_is_room, dotted))
             )
@@ -363,7 +369,7 @@ def _is_room(node: ast.Attribute) -> bool:
 def count_code_lines(file: Path) -> int:
     """Counts the lines that are no blank, comment, docstring or import."""
     passed: set[int] = set()
-    for node in ast.walk(parse_file(file)):
+    for node in walk(parse_file(file)):
         if isinstance(node, ast.Import | ast.ImportFrom):
             passed |= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
         if isinstance(node, ast.Module | ast.ClassDef | Function) and node.body:
