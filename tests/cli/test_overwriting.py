@@ -4,10 +4,9 @@ import json
 import shutil
 
 import pytest
+from lora_files import read_lora
 from mini import lora_tensors
 from safetensors.torch import load_file, save_file
-
-from prolora.adapters import read_adapter
 
 FOREIGN = b"ten hours of work"
 
@@ -51,7 +50,7 @@ def test_a_trained_lora_is_not_replaced(prolora, line, tmp_path):
     code, _, error = prolora(*line, "-o", out)
     assert "exists, and is not replaced" in error and "--overwrite" in error
     assert prolora(*line, "-o", out, "--overwrite")[0] == 0
-    assert len(read_adapter(out).updates) == 8
+    assert len(read_lora(out).updates) == 8
 
 
 def test_the_files_of_a_peft_folder_are_not_replaced(prolora, line, tmp_path):

@@ -80,7 +80,7 @@ def press(line, seconds):
     return process.returncode, output, errors
 
 
-@pytest.mark.parametrize("count", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_ctrl_c_at_any_moment_is_one_line_and_no_file(tmp_path, count):
     lora, source, target = write_case(tmp_path)
     out = tmp_path / "moved" / "out.safetensors"

@@ -53,15 +53,15 @@ def test_a_dry_run_shows_no_numbers_that_it_does_not_have(prolora, case):
     assert "–" not in text and "drift" not in text and "8 of 12 modules would move" in text
 
 
-@pytest.mark.parametrize("width", [20, 40, 79])
+@pytest.mark.parametrize("width", [20, 79])
 def test_a_narrow_terminal_loses_no_number(prolora, case, tmp_path, monkeypatch, width):
     lora, source, target = case
     bases = ("--source", source, "--target", target, "--cache=none")
-    for line in ((*("transfer", lora, *bases, "--method", "prolora", "--dry-run"),),):
-        monkeypatch.setenv("COLUMNS", "80")
-        full = [row.rstrip() for row in prolora(*line)[1].splitlines() if re.search(r"\d", row)]
-        monkeypatch.setenv("COLUMNS", str(width))
-        narrow = [row.rstrip() for row in prolora(*line)[1].splitlines()]
-        rows = [row for row in full if row.startswith((" down_blocks.1 ", " all ", " 24×40 "))]
-        cut = [re.sub(r"\d+\.\d$", "", row) for row in rows]  # seconds differ
-        assert rows and all(any(row.startswith(part) for row in narrow) for part in cut)
+    line = ("transfer", lora, *bases, "--method", "prolora", "--dry-run")
+    monkeypatch.setenv("COLUMNS", "80")
+    full = [row.rstrip() for row in prolora(*line)[1].splitlines() if re.search(r"\d", row)]
+    monkeypatch.setenv("COLUMNS", str(width))
+    narrow = [row.rstrip() for row in prolora(*line)[1].splitlines()]
+    rows = [row for row in full if row.startswith((" down_blocks.1 ", " all ", " 24×40 "))]
+    cut = [re.sub(r"\d+\.\d$", "", row) for row in rows]  # seconds differ
+    assert rows and all(any(row.startswith(part) for row in narrow) for part in cut)
