@@ -235,11 +235,10 @@ def test_a_wrong_result_in_a_side_stream_fails_the_check(bench, monkeypatch, wro
         correct.use_side_stream(bench)
 
 
-@wrong_results
-def test_a_wrong_update_of_a_transfer_fails_the_check(bench, monkeypatch, wrong):
+def test_a_wrong_update_of_a_transfer_fails_the_check(bench, monkeypatch):
     def spoil(done):
         name, update = list(done.adapter.updates.items())[-1]
-        done.adapter.updates[name] = prolora.LowRank(wrong(update.up), update.down)
+        done.adapter.updates[name] = prolora.LowRank(WRONG["a little"](update.up), update.down)
         return done
 
     monkeypatch.setattr(prolora, "transfer", on_the_second_call(prolora.transfer, spoil))

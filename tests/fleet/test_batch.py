@@ -42,7 +42,7 @@ def counted(monkeypatch):
     return read
 
 
-@pytest.mark.parametrize("method", ["auto", "prolora", "copy"])
+@pytest.mark.parametrize("method", ["auto", "prolora"])
 def test_together_they_become_what_each_becomes_alone(folder, tmp_path, method):
     loras, source, target, moved = folder
     options = {"method": method, "threshold": 0}

@@ -361,29 +361,6 @@ def test_a_file_that_is_none_of_ours_is_not_replaced(pack, models):
     assert file.stem in refuse(pack) and file.read_bytes() == before
 
 
-def test_names_that_no_file_system_takes_become_plain_and_short(pack, models):
-    long = "ü" * 90 + " (v2)"
-    write_lora(models, f"my styles/{long}")
-    name = move(pack, lora=f"my styles/{long}.safetensors")
-    assert "/my styles/" in name and len(Path(name).name.encode()) < 150
-    assert (models / "loras" / name).is_file()
-
-
-def test_a_model_is_named_with_its_folder_where_two_have_one_name(pack, models, monkeypatch):
-    import folder_paths
-
-    known = folder_paths.folder_names_and_paths
-    monkeypatch.setitem(
-        known, "diffusion_models", ([str(models / "diffusion_models")], {".safetensors"})
-    )
-    (models / "diffusion_models").mkdir()
-    save_file({}, models / "diffusion_models" / "target.safetensors")
-    bases = sys.modules["comfyui_prolora.host"].map_bases()
-    assert {"checkpoints/target.safetensors", "diffusion_models/target.safetensors"} < {*bases}
-    assert "source.safetensors" in bases and "target.safetensors" not in bases
-    assert move(pack, use_on="checkpoints/target.safetensors")
-
-
 def test_a_moved_lora_is_applied_and_moved_once(pack, models, monkeypatch):
     import comfy.sd
 

@@ -304,6 +304,7 @@ def test_a_dry_run_reads_no_weight_and_names_every_module(monkeypatch):
     monkeypatch.setattr(prolora.Base, "read", lambda *x: pytest.fail("a weight was read"))
     report = prolora.extract(make_base(), make_base(1), out_rank=4, dry_run=True).report
     assert report.dry_run and len(report.rows("mapped")) == len(SHAPES)
+    assert all(row.rank_out == min(*row.shape, 4) for row in report.rows("mapped"))
 
 
 def test_an_extracted_lora_is_for_its_base_and_moves_on(tmp_path, monkeypatch):

@@ -201,24 +201,6 @@ def test_a_peft_folder_is_replaced_but_no_input_is(case, tmp_path):
         done.save(tmp_path / "peft", format="kohya", overwrite=True)
 
 
-def test_bases_may_be_modules_in_memory(case):
-    bases = []
-    for tensors in (source_weights(), target_weights()):
-        root = torch.nn.Module()
-        for name, tensor in tensors.items():
-            node = root
-            for part in name.split("."):
-                if part not in dict(node.named_children()):
-                    node.add_module(part, torch.nn.Module())
-                node = getattr(node, part)
-            node.weight = torch.nn.Parameter(tensor)
-        bases.append(root)
-    how = {"threshold": 0, "method": "prolora", "rank": 0.9}
-    done, wanted = (prolora.transfer(*some, **how) for some in ((case[0], *bases), case))
-    for name, update in done.adapter.updates.items():
-        assert torch.equal(update.up, wanted.adapter.updates[name].up)
-
-
 def test_the_result_does_not_depend_on_how_weights_are_stacked(case, monkeypatch):
     lora, source, target = case
     together = prolora.transfer(lora, source, target, threshold=0, method="prolora", rank=0.9)

@@ -122,6 +122,12 @@ def test_the_table_has_the_numbers_of_the_report(report):
         assert page.text.endswith(row.reason)
 
 
+def test_tensors_that_stay_behind_have_a_table():
+    page = Page(make_report(left_out={"emb": "an embedding"}).to_html())
+    assert {"tensor", "emb"} <= {*page.inside["th"]} and "an embedding" in page.inside["td"]
+    assert "tensor" not in Page(make_report().to_html()).inside["th"]
+
+
 def test_the_verdict_in_words_comes_first_and_the_numbers_below(report):
     text = report.to_html()
     page, told = Page(text), report.in_words()

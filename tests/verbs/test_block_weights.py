@@ -79,6 +79,15 @@ def test_names_ranges_and_patterns_say_which_blocks_are_meant(blocks, kept):
     assert {place(name) for name in done.adapter.updates} == kept
 
 
+def test_twelve_numbers_leave_out_what_has_another_block():
+    """As kohya's notation for LoRAs of attention does with residual blocks."""
+    lora, other = sdxl_lora(), "down_blocks.0.resnets.0.conv1"
+    before = {*lora.updates}
+    lora.updates[other] = LowRank(torch.ones(8, 1), torch.ones(1, 8))
+    assert other in prolora.convert(lora, blocks="IN04=0.5").adapter.updates
+    assert {*prolora.convert(lora, blocks=[1] * 12).adapter.updates} == before
+
+
 def test_a_transformers_blocks_are_meant_by_ranges_and_by_the_authors_names():
     flux = known_families()["flux"]
     table = DepthTable(tuple(load_layout("flux1-dev").shapes), flux)
