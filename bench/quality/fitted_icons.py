@@ -20,6 +20,8 @@ from contenders import Updates
 from flow import fit_lora
 from icons.shipped import load_lora, load_model
 from lessons import Lesson, make_lesson
+from models import load_lora as read_updates
+from models import save_lora
 from scoring import apply_updates
 from torch import nn
 from training import train_lora
@@ -56,8 +58,8 @@ class Yard:
 
 
 @functools.cache
-def measure(kind: str, adapter: str) -> Yard:
-    """Trains the LoRA that sets the scale."""
+def measure(kind: str, adapter: str, kept: Path | None = None) -> Yard:
+    """Trains the LoRA that sets the scale, or reads the one that `kept` has."""
     world = choose_world()
     source, target, lora = load_model("source"), load_model(kind), load_lora(adapter)
     with apply_updates(source, lora) as teacher:
@@ -65,7 +67,13 @@ def measure(kind: str, adapter: str) -> Yard:
             make_lesson(world, kind, adapter, target, split, teacher=teacher)
             for split in ("train", "held_out")
         )
-    oracle = train_lora(world, "flux", adapter, 0, target, taught)
+    if kept is not None and kept.exists():
+        oracle = read_updates(kept)
+    else:
+        oracle = train_lora(world, "flux", adapter, 0, target, taught)
+        if kept is not None:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            save_lora(oracle, kept)
     with apply_updates(target, oracle):
         best = judged.held_out(target)
     none = judged.held_out(target)

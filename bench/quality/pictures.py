@@ -1,11 +1,12 @@
 """A short training on a few pictures: ``python bench/quality/pictures.py --work DIR --out FILE``.
 
-Pictures of a LoRA's idea in the target's look are at hand. AdamW goes on from the copy at START, or
-from nothing, for at most STEPS steps, with samples of the target itself in every batch. A quarter
-of the pictures is held out, and its loss chooses the step. A share is what is recovered of the
-held-out loss between no LoRA and one trained on all pictures of the world; with --samples a
-classifier says how many samples show what was asked for, and the style. Rows that FILE has are not
-made again. The icons are the shipped ones; the digits' models are trained in DIR first.
+Pictures of a LoRA's idea in the target's look are at hand. AdamW goes on from the copy at START
+(with --kind apart from the fit), or from nothing, for at most STEPS steps, with samples of the
+target itself in every batch. A quarter of the pictures is held out, and its loss chooses the step.
+A share is what is recovered of the held-out loss between no LoRA and one trained on all pictures of
+the world; with --samples a classifier says how many samples show what was asked for, and the style.
+Rows that FILE has are not made again. The icons are the shipped ones; the digits' models are
+trained in DIR first.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from typing import Any
 
 import torch
 from contenders import STRENGTHS, Updates, scale_updates
-from fitted_icons import Yard, choose_world, measure
+from fitted_icons import FIT, IMAGES, SAMPLER_STEPS, Yard, choose_world, measure
+from flow import fit_lora
 from jobs import run_jobs
 from lessons import Images
 from looks import hits
@@ -34,7 +36,9 @@ from study import judge_job, load_judge, training_jobs
 from training import insert_lora, read_factors
 from worlds import NAMES, Data, World, load_world
 
-FAR = "far"
+from prolora import fitting as probe
+
+FAR, APART = "far", "apart"
 START, STEPS, RATE, EVERY = 0.6, 120, 2e-3, 10
 KEPT = 96
 SHOWN = 144
@@ -44,7 +48,7 @@ SHOWN = 144
 def open_yard(world: World, root: Path, kind: str, adapter: str, seed: int) -> Yard:
     """A LoRA and a target of that seed; of the shipped icons there is one."""
     if world.name == "icons":
-        return measure(kind, adapter)
+        return measure(kind, adapter, root / f"{kind}-{adapter}.safetensors")
     folder = Folder(world, root, "flux")
     bases = [folder.model_path("source", 0), folder.model_path(kind, seed)]
     loras = [folder.lora_path(k, seed, a) for k in ("source", kind) for a in list_adapters(world)]
@@ -106,6 +110,16 @@ def train(
     return best, {"step": EVERY * at, "unseen": [round(x, 4) for x in losses]} | last
 
 
+def fit_to_target(world: World, yard: Yard, seed: int) -> Updates:
+    """What a fit gives that has no pictures; it samples from six seeds."""
+    prefix = world.prefix["flux"]
+    sampled = {"images": IMAGES, "steps": SAMPLER_STEPS, "seed": 6 * seed}
+    settings = probe.FitSettings(**{"rank": 32} | FIT | sampled)
+    updates = {f"{prefix}{name}": update for name, update in yard.lora.items()}
+    found = fit_lora(world, (yard.source, yard.target), updates, yard.adapter, settings)
+    return {name.removeprefix(prefix): update for name, update in found.scaled.items()}
+
+
 def yard_share(yard: Yard, updates: Updates) -> float:
     """The share of the held-out loss that updates recover."""
     loss = held_out_loss(yard.target, yard.lesson, updates)
@@ -135,12 +149,15 @@ def open_judge(world: str, root: Path):
 
 FIXED = ("none", "trained", *(f"copy {strength:g}" for strength in STRENGTHS))
 OF_EVERY_SEED = ("moved 24", "nothing 24")
-OF_THE_FIRST = (*("moved 24 alone", "moved 12", "nothing 12", "moved 48", "nothing 48"),)
-"""Rows: what is moved or trained, from what, on how many pictures."""
+OF_THE_FIRST = ("moved 24 alone", "moved 12", "nothing 12", "moved 48", "nothing 48")
+OF_APART = ("fit", "fitted 24", "nothing 24")
+"""Rows: what is moved, fitted or trained, from what, on how many pictures."""
 
 
-def make_row(world: World, yard: Yard, way: str, seed: int) -> tuple[Updates, dict[str, Any]]:
-    """Makes one row of `list_ways`."""
+def make_row(
+    world: World, yard: Yard, way: str, seed: int, fitted: Path
+) -> tuple[Updates, dict[str, Any]]:
+    """Makes one row of `list_rows`; `fitted` has what the fit of that seed gave."""
     name, *rest = way.split()
     before, facts = time.process_time(), {}
     if name in ("none", "trained"):
@@ -148,8 +165,11 @@ def make_row(world: World, yard: Yard, way: str, seed: int) -> tuple[Updates, di
         facts = {"loss": round(yard.none if name == "none" else yard.best, 5)}
     elif name == "copy":
         updates = scale_updates(yard.lora, float(rest[0]))
+    elif name == "fit":
+        updates = fit_to_target(world, yard, seed)
     else:
         start = scale_updates(yard.lora, START) if name == "moved" else None
+        start = load_lora(fitted) if name == "fitted" else start
         updates, facts = train(world, yard, start, int(rest[0]), seed, "alone" not in rest)
     others = Images(world, world.images(yard.kind, None, "held_out"))
     facts |= {"loss on others": round(held_out_loss(yard.target, others, updates), 5)}
@@ -158,13 +178,16 @@ def make_row(world: World, yard: Yard, way: str, seed: int) -> tuple[Updates, di
 
 
 def list_rows(
-    world: World, adapters: list[str] | None, seeds: int
+    world: World, kind: str, adapters: list[str] | None, seeds: int
 ) -> Iterator[tuple[str, int, str]]:
     """(adapter, seed, label) of every row, the most telling first."""
     adapters = adapters or list(list_adapters(world))
     for seed, adapter in itertools.product(range(seeds), adapters):
         fixed = FIXED if seed == 0 or world.name != "icons" else ()
-        yield from ((adapter, seed, way) for way in (*fixed, *OF_EVERY_SEED))
+        of_seed = OF_APART if kind == APART else OF_EVERY_SEED
+        yield from ((adapter, seed, way) for way in (*fixed, *of_seed))
+    if kind == APART:
+        return
     yield from ((adapter, 0, way) for adapter in adapters for way in OF_THE_FIRST)
 
 
@@ -173,34 +196,39 @@ def main() -> None:
     parser.add_argument("--world", choices=NAMES, default="icons")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--kind", choices=(FAR, APART), default=FAR)
     parser.add_argument("--adapters", nargs="+")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--pictures", nargs="+", default=["12", "24", "48"], help="how many")
     parser.add_argument("--samples", action="store_true", help="of rows that were made before")
     given = parser.parse_args()
     torch.set_num_threads(1)
     world = choose_world() if given.world == "icons" else load_world(given.world)
     root = given.work / world.name
     table = json.loads(given.out.read_text()) if given.out.exists() else {"made": {}, "rows": {}}
-    table["made"][world.name] = {
+    table["made"][f"{world.name}, {given.kind}"] = {
         "command": " ".join(["python", *sys.argv]),
         "commit": git("rev-parse", "--short", "HEAD"),
         "date": str(datetime.datetime.now().date()),
         "torch": torch.__version__,
     }
     yards = functools.lru_cache(maxsize=1)(functools.partial(open_yard, world, root))
-    for adapter, seed, way in list_rows(world, given.adapters, given.seeds):
-        key = f"{world.name}, {FAR}, {adapter}, {way}, seed {seed}"
-        file = root / "rows" / f"{key}.safetensors"
+    for adapter, seed, way in list_rows(world, given.kind, given.adapters, given.seeds):
+        if way.startswith(("moved", "nothing")) and way.split()[1] not in given.pictures:
+            continue
+        begin, end = f"{world.name}, {given.kind}, {adapter}", f"seed {seed}"
+        key, fitted = (f"{begin}, {name}, {end}" for name in (way, "fit"))
+        files = [root / "rows" / f"{name}.safetensors" for name in (key, fitted)]
         row = table["rows"].get(key)
         if row is not None and (not given.samples or "asked for" in row):
             continue
-        yard = yards(FAR, adapter, 0 if world.name == "icons" else seed)
+        yard = yards(given.kind, adapter, 0 if world.name == "icons" else seed)
         if row is None:
-            updates, row = make_row(world, yard, way, seed)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            save_lora(updates, file)
+            updates, row = make_row(world, yard, way, seed, files[1])
+            files[0].parent.mkdir(parents=True, exist_ok=True)
+            save_lora(updates, files[0])
         else:
-            row |= judge_samples(world, root, yard, load_lora(file))
+            row |= judge_samples(world, root, yard, load_lora(files[0]))
         table["rows"][key] = row
         print(key, row, flush=True)
         given.out.write_text(json.dumps(table, indent=1) + "\n")
