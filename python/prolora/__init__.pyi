@@ -125,7 +125,7 @@ def extract(
 
 def fit(
     lora: LoraLike,
-    source: BaseLike,
+    source: BaseLike | None,
     target: BaseLike,
     options: FitOptions = ...,
     *,
@@ -159,12 +159,13 @@ def fit(
     text_encoder: PassedOn = ...,
     match: Match = ...,
     again: bool = ...,
+    pictures: str | PathLike[str] | None = ...,
     max_vram: int | str | None = ...,
 ) -> Transfer: ...
 
 def fit_many(
     loras: Iterable[str | PathLike[str]],
-    source: BaseLike,
+    source: BaseLike | None,
     target: BaseLike,
     folder: str | PathLike[str],
     options: FitOptions = ...,
@@ -197,6 +198,7 @@ def fit_many(
     text_encoder: PassedOn = ...,
     match: Match = ...,
     again: bool = ...,
+    pictures: str | PathLike[str] | None = ...,
     max_vram: int | str | None = ...,
 ) -> list[Outcome]: ...
 

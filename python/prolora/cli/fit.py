@@ -48,8 +48,10 @@ class Pipelines:
         str | None, base_option("Folder of the pipeline to fit it to.", metavar="FOLDER")
     ] = None
 
-    def open(self, loras: list[Path]) -> tuple[list[Path], Base, Base]:
-        """Opens both and returns (LoRAs, source, target)."""
+    def open(self, loras: list[Path], alone: bool) -> tuple[list[Path], Base | None, Base]:
+        """Opens both, or with `alone` the target; returns (LoRAs, source, target)."""
+        if alone and self.target and not self.source:
+            return loras, None, open_base(self.target)
         loras, (source, target) = take_bases(loras, self.source, self.target)
         return loras, open_base(source), open_base(target)
 
@@ -73,9 +75,9 @@ def fit(
     help_all: HelpAllOption = False,
 ) -> None:
     """Fit a LoRA to a running model, where weights alone do not move it."""
-    loras, source, target = bases.open(loras)
+    loras, source, target = bases.open(loras, fitting.pictures is not None)
     check_output_given(output, loras)
-    card = check_outputs(loras, output, fitting, [*source.files, *target.files])
+    card = check_outputs(loras, output, fitting, [*(source or target).files, *target.files])
     options = replace(
         find_cache(fitting, takes_default=not output.dry_run),
         prompts=tuple(line for text in prompts for line in read_prompt(text)),
@@ -92,7 +94,7 @@ def read_prompt(text: str) -> tuple[str, ...]:
 
 
 def plan_fits(
-    loras: list[Path], source: Base, target: Base, output: OutputFlags, options: FitOptions
+    loras: list[Path], source: Base | None, target: Base, output: OutputFlags, options: FitOptions
 ) -> list[Outcome]:
     """Plans each fit."""
     options_of_file = options.for_file()
@@ -104,7 +106,7 @@ def plan_fits(
 
 
 def fit_loras(
-    loras: list[Path], source: Base, target: Base, output: OutputFlags, options: FitOptions
+    loras: list[Path], source: Base | None, target: Base, output: OutputFlags, options: FitOptions
 ) -> list[Outcome]:
     """Fits one LoRA into a file, or several into a folder, one after the other."""
     path = cast(Path, output.output)
@@ -120,10 +122,7 @@ def fit_loras(
 
 
 def announce_first(progress: Progress, shown: bool) -> Progress:
-    """Wraps a callback so that the first name it is told is printed, too.
-
-    It says what the fit is about to do.
-    """
+    """Wraps a callback so that its first name, the work ahead, is printed, too."""
     announced: list[str] = []
 
     def update(done: int, total: int, name: str) -> None:

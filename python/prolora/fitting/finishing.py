@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 
 from ..adapters.adapter import Adapter
@@ -56,10 +57,23 @@ def move_by_weights(job: FitJob) -> Baseline | None:
 
 def finish_fit(job: FitJob, blank: Adapter, result: Fitted) -> tuple[Adapter, FitReport]:
     """Builds the target's adapter and the report of what was fitted."""
-    adapter, plan, target = job.adapter, job.plan, job.target
-    fitted, probe = result.scaled, result.report
-    strength = probe.gate.strength
+    probe = result.report
     how = "fitted to the running models" if probe.trust else "copied; nothing was fitted"
+    made = _describe_gate(probe, job.options)
+    adapter, report = finish_updates(job, blank, result.scaled, how, made, probe.gate.strength)
+    return adapter, replace(report, probe=probe, seconds=dict(probe.seconds))
+
+
+def finish_updates(
+    job: FitJob,
+    blank: Adapter,
+    fitted: Mapping[str, LowRank],  # of the target
+    how: str,  # what was done to each module
+    made: dict[str, str],  # more for the header
+    strength: float = 1.0,
+) -> tuple[Adapter, FitReport]:
+    """Builds the target's adapter and its report from updates of the denoiser."""
+    adapter, plan, target = job.adapter, job.plan, job.target
     # Where the fit starts from the copied updates, copies of other kinds stay.
     copied = {name for name in plan.skipped if name in fitted}
     skipped = {name: reason for name, reason in plan.skipped.items() if name not in copied}
@@ -69,25 +83,17 @@ def finish_fit(job: FitJob, blank: Adapter, result: Fitted) -> tuple[Adapter, Fi
             row = replace(row, reason="copied; the fit goes on from there")
         fits = row.rank_out and row.source not in plan.passed
         rows.append(replace(row, strength=strength) if fits else row)
-    updates = fitted | {name: adapter.updates[name] for name in plan.passed}
-    made = {"prolora.method": FIT, "prolora.strength": f"{strength:.4g}"}
+    updates = dict(fitted) | {name: adapter.updates[name] for name in plan.passed}
+    facts = {"prolora.method": FIT, "prolora.strength": f"{strength:.4g}"} | made
     options = job.options.transfer_options("copy")
-    written = build_metadata(Ledger(adapter, plan, job.source, target, options))
-    metadata = written | made | _describe_gate(probe, job.options)
+    metadata = build_metadata(Ledger(adapter, plan, job.source, target, options)) | facts
     for name in _OF_TRANSFERS:
         metadata.pop(f"prolora.{name}", None)
     moved = replace(
         blank, updates=updates, kernels=list_kernels(updates, target), metadata=metadata
     )
-    report = build_fit_report(
-        job,
-        rows,
-        strength=strength,
-        probe=probe,
-        seconds=dict(probe.seconds),
-        provenance=read_provenance(metadata),
-    )
-    return moved, report
+    origin = read_provenance(metadata)
+    return moved, build_fit_report(job, rows, strength=strength, provenance=origin)
 
 
 def _describe_gate(probe: ProbeReport, options: FitOptions) -> dict[str, str]:

@@ -12,11 +12,11 @@ from typing import Any
 from .. import adapters
 from ..adapters.trigger_words import read_training_words
 from ..architectures.modules import is_in_text_encoder
-from ..bases import Base, BaseLike, open_pair
+from ..bases import Base, BaseLike, open_base, open_pair
 from ..bases.base import Progress
 from ..core.lowrank import LowRank
 from ..core.precision import in_full_precision
-from ..errors import ProLoRAError, UnrelatedBases
+from ..errors import InvalidOption, ProLoRAError, UnrelatedBases
 from ..files.hub import keep_path
 from ..moving.base_pair import BasePair
 from ..reports.outcome import Outcome
@@ -38,6 +38,7 @@ from .fit_plan import (
 from .fit_report import FitReport, plan_fit
 from .gate import COPY, fits_target
 from .kept_parts import KeptParts, watch_pipelines
+from .pictures import STEPS, read_pictures, train_on_pictures
 from .pipelines.memory_bounds import watch_memory
 from .pipelines.pipeline import run_text_encoders_beside
 from .pipelines.pipeline_opening import open_both
@@ -54,7 +55,7 @@ OPENING = "opening both pipelines"
 @in_full_precision
 def fit(
     lora: LoraLike,
-    source: BaseLike,
+    source: BaseLike | None,
     target: BaseLike,
     options: FitOptions = DEFAULT_FIT,
     *,
@@ -69,9 +70,11 @@ def fit(
     a LoRA of the target is fitted to the change that it makes. Where that is no better on held-out
     samples than the LoRA moved by weights alone, that one is the result.
 
+    With `pictures` it is trained on these instead, without a source.
+
     Args:
         lora: as `transfer` takes it.
-        source: the folder of the diffusers pipeline that the LoRA was trained on.
+        source: the folder of the diffusers pipeline that the LoRA was trained on, or None.
         target: the folder of the pipeline to fit it to.
         options: what is sampled, and how it is fitted.
         out: a file to write, or a folder for format "peft", as `transfer` takes it.
@@ -94,7 +97,7 @@ def fit(
         OutputError: `out` or the folder of kept parts cannot be written.
     """
     options = resolve_options(options, changes)
-    bases = open_pair(source, target)
+    bases = open_bases(source, target, options)
     if dry_run:
         return as_dry_run(plan_fit_by_weights(lora, *bases, options))
     if out is None:
@@ -106,7 +109,7 @@ def fit(
 @in_full_precision
 def fit_many(
     loras: Iterable[str | PathLike[str]],
-    source: BaseLike,
+    source: BaseLike | None,
     target: BaseLike,
     folder: str | PathLike[str],
     options: FitOptions = DEFAULT_FIT,
@@ -138,7 +141,7 @@ def fit_many(
     options = resolve_options(options, changes).for_file()
     paths = [keep_path(lora) for lora in loras]
     check_results_folder(folder, len(paths))
-    old, new = open_pair(source, target)
+    old, new = open_bases(source, target, options)
     outs = [Path(folder) / name_output(lora, options.format or "auto") for lora in paths]
     check_distinct(paths, outs)
     make_folders({Path(folder)})
@@ -149,6 +152,18 @@ def fit_many(
             return _fit_into(paths[i], old, new, out, labelled, parts)
 
         return run_each(paths, outs, make, options.progress)
+
+
+def open_bases(source: BaseLike | None, target: BaseLike, options: FitOptions) -> tuple[Base, Base]:
+    """Opens both bases; without a source, which pictures do not need, the target twice."""
+    if options.pictures is not None:
+        read_pictures(options)
+    if source is not None:
+        return open_pair(source, target)
+    if options.pictures is None:
+        raise InvalidOption("`source` is missing: a fit without `pictures` runs both models")
+    base = open_base(target)
+    return base, base
 
 
 def _fit_into(
@@ -174,6 +189,9 @@ def plan_fit_by_weights(
 ) -> FitReport:
     """Reports as `plan_fit`, and compares the weights to say whether they serve."""
     report = plan_fit(lora, source, target, options)
+    if options.pictures is not None:
+        work = f"At most {STEPS} steps on the pictures and {options.images} samples of the target."
+        return replace(report, work=work)
     moving = options.transfer_options("auto")
     try:
         found = BasePair.open(source, target, moving, dry_run=True).preview(lora, weighed=True)
@@ -200,6 +218,9 @@ def fit_lora(
     origin = job.adapter.model.of_base(target.model)
     blank = replace(job.adapter, updates=outline, kernels={}, vectors={}, origin=origin, unread={})
     adapters.check_format(blank, written[0])
+    if options.pictures is not None:
+        trained = train_on_pictures(job, blank, partial(fit_lora, lora, source, target))
+        return Transfer(*trained, list_inputs(lora, source, target), *written)
     baseline = move_by_weights(job)
     copied, why = {}, ""
     if baseline is not None:

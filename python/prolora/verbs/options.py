@@ -152,7 +152,7 @@ class VerbOptions:
                 is_own = isinstance(value, Method) or callable(value)
             if words and not (value == field.default or is_own):
                 check_choice(field.name, value, words)
-        for name in ("cache", "resume"):
+        for name in ("cache", "resume", "pictures"):
             if not isinstance(value := getattr(self, name, None), str | PathLike | None):
                 raise InvalidOption(f"`{name}` must be the path of a folder, not {value!r}")
         if not (self.progress is None or callable(self.progress)):

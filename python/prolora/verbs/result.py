@@ -29,7 +29,7 @@ from ..comparison.module_map import Matching
 from ..core.arrays import to_kind_of
 from ..core.methods import Method, find_method
 from ..errors import ProLoRAError
-from ..files.hashing import hash_file, hash_tensors
+from ..files.hashing import hash_file, hash_tensors, hash_text
 from ..files.hub import keep_path
 from ..files.store import replace_surrogates
 from ..reports.lora_report import LoraReport, MovedReport
@@ -346,6 +346,9 @@ def _jsonable(value: Any) -> Any:
         pairs = {str(key): _jsonable(item) for key, item in value.items()}
         # In block weights the last name that fits decides; in a map the order means nothing.
         return pairs if all(isinstance(x, str) for x in pairs.values()) else list(pairs.items())
+    if isinstance(value, PathLike) and os.path.isdir(value):  # of pictures, whose contents decide
+        files = sorted(path for path in Path(value).iterdir() if path.is_file())
+        return hash_text("\n".join(f"{path.name} {hash_file(path)}" for path in files))
     if isinstance(value, PathLike) or (isinstance(value, str) and value.endswith(".json")):
         return hash_file(Path(value)) if os.path.isfile(value) else str(value)
     return value if isinstance(value, str | int | float | None) else repr(value)

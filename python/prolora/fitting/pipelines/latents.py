@@ -46,7 +46,7 @@ class LatentSpace:
         """
         image = self.as_image(latent).float()
         if self.vae is None:
-            return image
+            return F.pixel_shuffle(image, self.fold)
         scale, shift = self._factors(image)
         stored = F.pixel_shuffle(scale * image + shift, self.fold)
         stored = stored[:, :, None] if self.decoded_frame else stored
@@ -60,7 +60,7 @@ class LatentSpace:
         Where the VAE gives a distribution, they are its mode.
         """
         if self.vae is None:
-            return self.as_latent(pixels.float())
+            return self.as_latent(F.pixel_unshuffle(pixels.float(), self.fold))
         given = (pixels[:, :, None] if self.decoded_frame else pixels).to(_dtype_of(self.vae))
         stored = _read_encoded(self.vae.encode(given)).float()
         image = F.pixel_unshuffle(stored[:, :, 0] if stored.dim() == 5 else stored, self.fold)
@@ -144,7 +144,7 @@ def check_shown(pipe: Any, name: str) -> None:
     vae = getattr(pipe, "vae", None)
     if vae is None:
         denoiser: Any = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
-        if getattr(denoiser.config, "in_channels", 3) != 3:
+        if _fold_pixels(getattr(denoiser.config, "in_channels", 3)) is None:
             raise UnsupportedFormat(
                 f"{name}: its {type(pipe).__name__} has no VAE, and its latents are not pixels, so "
                 "no image can cross to it or from it"
@@ -153,6 +153,12 @@ def check_shown(pipe: Any, name: str) -> None:
         raise UnsupportedFormat(
             f"{name}: its VAE {type(vae).__name__} has no encoder, so no image can cross to it"
         )
+
+
+def _fold_pixels(channels: int) -> int | None:
+    """Returns the side of square patches of three colours; None for other numbers."""
+    side = math.isqrt(channels // 3)
+    return side if 3 * side**2 == channels else None
 
 
 def observe_latents(
@@ -171,7 +177,9 @@ def observe_latents(
             f"{name}: its denoiser is given {list(like.shape[1:])} numbers and samples "
             f"{list(final.shape[1:])}, so it is given more than a latent"
         )
-    if space.vae is not None:
+    if space.vae is None:
+        space = replace(space, fold=_fold_pixels(image.shape[1]) or 1)
+    else:
         space = _observe_decoding(space, image, given, f"{name}: its {type(pipe).__name__}")
     _check_round_trip(space, image, name)
     return space

@@ -1,0 +1,213 @@
+"""A training on pictures: what it learns, what is written, and what is refused before it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+import prolora
+from prolora import LowRank
+from prolora.adapters import read_adapter
+from prolora.cli.app import app
+from prolora.cli.demo import find_models
+from prolora.errors import InvalidOption, OutputExists, UnrelatedBases, UnsupportedFormat
+from prolora.fitting import pictures
+from prolora.fitting.models import in_float32
+from prolora.fitting.pipelines.pipeline_opening import open_pipeline
+from prolora.fitting.pipelines.pipeline_side import PipelineSide
+from prolora.fitting.settings import FitOptions
+from prolora.fitting.updates import with_lora
+
+PROMPTS = ("car noto many on-red", "star noto many on-blue", "moon twemoji many on-green")
+BESIDE = {"prompts": ("tree noto many on-red", "fish noto many on-blue"), "images": 2, "steps": 2}
+
+
+@pytest.fixture(scope="module")
+def icons():
+    return find_models()
+
+
+def draw(model, folder, count, negative=False, steps=4):
+    """Draws pictures with captions into a folder."""
+    for i in range(count):
+        caption, noise = PROMPTS[i % 3], torch.Generator().manual_seed(i)
+        with in_float32(model.denoiser):
+            image = model.pipe(caption, steps, generator=noise).images[0]
+        pixels = (1 - image if negative else image).mul(255).byte().movedim(0, -1).numpy()
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"{caption}\n")
+
+
+@pytest.fixture(scope="module")
+def folder(icons, tmp_path_factory):
+    """Nine negatives of what "far" draws, with captions."""
+    made = tmp_path_factory.mktemp("pictures")
+    draw(open_pipeline(icons / "far"), made, 9, negative=True)
+    return made
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Few steps, large ones, and few questions."""
+    small = {"STEPS": 8, "EVERY": 4, "PACE": 0.15, "BATCH": 6, "OWN_BATCH": 2, "QUESTIONS": 9}
+    for name, value in small.items():
+        monkeypatch.setattr(pictures, name, value)
+
+
+@pytest.fixture
+def unopened(monkeypatch):
+    """No model may be loaded."""
+    monkeypatch.setattr(pictures, "open_pipeline", lambda *_: pytest.fail("it was loaded"))
+
+
+def test_a_training_is_nearer_to_held_out_pictures_than_every_copy(icons, folder, tmp_path, quick):
+    out = tmp_path / "out.safetensors"
+    lora = icons / "loras/duotone.safetensors"
+    report = prolora.fit(lora, None, icons / "far", pictures=folder, out=out, **BESIDE).report
+    assert (report.taught, report.unseen, report.own) == (6, 3, 2)
+    copies = {f"the copy at {strength:g}" for strength in (0.25, 0.5, 0.75, 1)}
+    assert copies | {"no LoRA", "the training"} <= report.errors.keys()
+    assert report.errors["no LoRA"] == 1 and report.step in (4, 8)
+    assert report.written == "the training"
+    others = (error for name, error in report.errors.items() if name != "the training")
+    assert report.errors["the training"] < 0.9 * min(others)
+    assert report.gain.share > pictures.STRENGTHS[0] / 10 and report.gain.lowest > 0
+    words = str(report)
+    assert words.startswith("✔ This should work on far.\nprolora trained the LoRA for")
+    assert "6 pictures and 2 samples of the target were learnt" in words
+    assert json.loads(report.to_json())["errors"]["no LoRA"] == 1
+    written = read_adapter(out)
+    assert written.metadata["prolora.pictures"] == "9"
+    assert written.updates.keys() == read_adapter(lora).updates.keys()
+    assert {update.rank for update in written.updates.values()} == {4}
+
+
+def test_where_a_copy_is_no_better_than_no_lora_a_training_starts_from_nothing(
+    icons, folder, quick
+):
+    lora = icons / "loras/neon.safetensors"
+    report = prolora.fit(lora, None, icons / "apart", pictures=folder, **BESIDE).report
+    assert report.errors["the copy at 1"] > 1 and report.start == "nothing"
+
+
+def test_a_training_that_teaches_nothing_sure_leaves_the_best_copy_or_is_refused(
+    icons, folder, tmp_path, monkeypatch, quick
+):
+    monkeypatch.setattr(pictures, "STEPS", 0)
+    neon = icons / "loras/neon.safetensors"
+    with pytest.raises(UnrelatedBases, match=r"no copy is better than no LoRA.*`force=True`"):
+        prolora.fit(neon, None, icons / "apart", pictures=folder, **BESIDE)
+    monkeypatch.setattr(pictures, "START", 0.05)
+    ends = icons / "loras/duotone.safetensors", None, icons / "far"
+    ours = tmp_path / "drawn"  # with the LoRA itself
+    ours.mkdir()
+    model = open_pipeline(icons / "far")
+    with with_lora(model.denoiser, read_adapter(ends[0]).updates):
+        draw(model, ours, 6)
+    copied = prolora.fit(*ends, pictures=ours, **BESIDE)
+    assert copied.report.written in {f"the copy at {s:g}" for s in (0.25, 0.5, 0.75, 1)}
+    assert str(copied.report).startswith("⚠ The pictures taught nothing that is sure.")
+    strength = float(copied.report.written.split()[-1])
+    for name, update in read_adapter(ends[0]).updates.items():
+        expected = LowRank(strength * update.up, update.down).dense()
+        assert torch.allclose(copied.adapter.updates[name].dense(), expected, atol=1e-6)
+
+
+def test_equal_pictures_keep_a_result_and_another_caption_does_not(
+    icons, folder, tmp_path, monkeypatch, quick
+):
+    monkeypatch.setattr(pictures, "STEPS", 0)
+    lora, out, taken = icons / "loras/neon.safetensors", tmp_path / "a.safetensors", tmp_path / "p"
+    shutil.copytree(folder, taken)
+    asked = {"out": out, "force": True} | BESIDE
+    assert not prolora.fit(lora, None, icons / "far", pictures=folder, **asked).report.before
+    assert prolora.fit(lora, None, icons / "far", pictures=taken, **asked).report.before
+    (taken / "0.txt").write_text("boat noto many on-red")
+    with pytest.raises(OutputExists):
+        prolora.fit(lora, None, icons / "far", pictures=taken, **asked)
+
+
+def test_an_interrupted_training_leaves_no_file(icons, folder, tmp_path, quick):
+    def interrupt(done: int, total: int, name: str) -> None:
+        if name == "training" and done > 4:
+            raise KeyboardInterrupt
+
+    lora, out = icons / "loras/neon.safetensors", tmp_path / "a.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        prolora.fit(
+            lora, None, icons / "far", pictures=folder, out=out, progress=interrupt, **BESIDE
+        )
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (lambda at: [file.unlink() for file in at.glob("[3-9].*")], InvalidOption, "has 3 "),
+        (lambda at: shutil.rmtree(at), InvalidOption, "has 0 "),
+        (lambda at: (at / "0.png").unlink(), InvalidOption, "0.txt is a caption without"),
+        (lambda at: (at / "4.txt").unlink(), InvalidOption, "4.png has no caption: write 4.txt"),
+        (lambda at: (at / "2.png").write_text("no"), UnsupportedFormat, "2.png: cannot be read"),
+    ],
+)
+def test_a_folder_that_cannot_be_learnt_is_refused_before_a_model_is_loaded(
+    icons, folder, tmp_path, unopened, change, error, words
+):
+    taken = tmp_path / "pictures"
+    shutil.copytree(folder, taken)
+    change(taken)
+    lora = icons / "loras/neon.safetensors"
+    for dry_run in (False, True):
+        with pytest.raises(error, match=words):
+            prolora.fit(lora, None, icons / "far", pictures=taken, dry_run=dry_run)
+
+
+def test_options_of_a_fit_of_two_models_and_a_missing_source_are_refused(icons, folder, unopened):
+    ends = icons / "loras/neon.safetensors", None, icons / "far"
+    for option in ({"look": "source"}, {"resume": "kept"}, {"rank": 4}, {"max_vram": "8GB"}):
+        with pytest.raises(InvalidOption, match=rf"`{next(iter(option))}` is of use in a fit"):
+            prolora.fit(*ends, pictures=folder, **option)
+    with pytest.raises(InvalidOption, match="`source` is missing"):
+        prolora.fit(*ends)
+
+
+def test_a_picture_smaller_than_what_is_trained_is_refused(icons, folder, tmp_path):
+    taken = tmp_path / "pictures"
+    shutil.copytree(folder, taken)
+    Image.new("RGB", (30, 20)).save(taken / "7.png")
+    with pytest.raises(InvalidOption, match=r"7.png has 30 × 20 pixels, and 24 × 24 are trained"):
+        prolora.fit(icons / "loras/neon.safetensors", None, icons / "far", pictures=taken, **BESIDE)
+
+
+def test_the_command_needs_no_source_and_says_what_it_would_do(icons, folder, unopened):
+    words = ["fit", icons / "loras/neon.safetensors", "--target", icons / "far", "--dry-run"]
+    done = CliRunner().invoke(app, [*map(str, words), "--pictures", str(folder), "--json"])
+    told = json.loads(done.stdout)
+    assert done.exit_code == 0 and told["totals"]["mapped"] == 44
+    assert told["work"] == "At most 120 steps on the pictures and 24 samples of the target."
+
+
+def test_pixels_of_a_model_without_vae_are_those_that_its_pipeline_draws(icons):
+    model = open_pipeline(icons / "far")
+    side = PipelineSide(model, FitOptions(prompts=PROMPTS, steps=4), shared=False)
+    with in_float32(model.denoiser):
+        latent, drawn = (
+            model.sample_latents(PROMPTS[0], side.settings, 3, kind).images
+            for kind in ("latent", "pt")
+        )
+    assert torch.allclose((side.space.decode(latent) / 2 + 0.5).clamp(0, 1), drawn, atol=1e-6)
+    assert torch.allclose(side.space.encode(side.space.decode(latent)), latent, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_between_models_trained_apart_a_training_starts_from_the_fit(icons, folder, quick):
+    lora = icons / "loras/neon.safetensors"
+    asked = {"pictures": folder, "force": True} | BESIDE
+    report = prolora.fit(lora, icons / "source", icons / "apart", **asked).report
+    assert "the fit" in report.errors and report.source == "source"
+    assert not any(name.startswith("the copy") for name in report.errors)
