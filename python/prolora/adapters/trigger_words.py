@@ -43,7 +43,7 @@ class TrainingWords:
         return [tag for tag, _ in counts.most_common(most)]
 
 
-def read_training_words(metadata: Mapping[str, str]) -> TrainingWords:
+def read_trigger_words(metadata: Mapping[str, str]) -> TrainingWords:
     """Reads the fields of kohya's trainers and of the Stability model spec.
 
     Tags by folder stand in `ss_tag_frequency`, or in every table of `ss_datasets` where several

@@ -16,7 +16,7 @@ from ..adapters.key_groups import Contents, Slot, measure_modules
 from ..adapters.keys import tensor_keys
 from ..adapters.keys.codec import Codec, CutPath, read_without_family
 from ..adapters.lora import Lora
-from ..adapters.trigger_words import read_training_words
+from ..adapters.trigger_words import read_trigger_words
 from ..architectures.families import known_families, list_loaded
 from ..architectures.identify import (
     NamedMatrix,
@@ -47,7 +47,7 @@ def check_tensors(opened: Lora, program: str | None = None, deep: bool = False) 
     fields = ("ss_sd_model_name", "ss_base_model_version", "modelspec.architecture")
     named = next(filter(None, map(metadata.get, fields)), "")
     hashes = map(metadata.get, ("ss_new_sd_model_hash", "ss_sd_model_hash"))
-    words = read_training_words(metadata)
+    words = read_trigger_words(metadata)
     tags = [tag for tag in words.list_tags(_TOP_TAGS) if tag != words.trigger]
     result = Check(
         path=opened.where,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import adapters
-from ..adapters.trigger_words import read_training_words
+from ..adapters.trigger_words import read_trigger_words
 from ..architectures.modules import is_in_text_encoder
 from ..bases import Base, BaseLike, open_base, open_pair
 from ..bases.base import Progress
@@ -253,7 +253,7 @@ def _run_models(
         options.progress(0, foreseen.total, OPENING)
     lora = job.lora
     copied = {name: u for name, u in copied.items() if not is_in_text_encoder(name)}
-    words = read_training_words(job.adapter.metadata)
+    words = read_trigger_words(job.adapter.metadata)
     settings = replace(options, prompts=options.prompts or derive_prompts(words))
     settings = replace(settings, precision=card.precision) if card else settings
     with open_both(job, lora, settings) as models:

@@ -20,7 +20,7 @@ from ..adapters.adapter import Adapter
 from ..adapters.formats.metadata import combine_metadata, rewrite_metadata
 from ..adapters.formats.moves import MERGE, PREFIX, StatedBase, read_provenance
 from ..adapters.lora import Lora
-from ..adapters.trigger_words import read_training_words
+from ..adapters.trigger_words import read_trigger_words
 from ..architectures.identify import Model
 from ..bases import Base, BaseLike, open_base
 from ..bases.identity import compute_short_hash, name_base
@@ -196,7 +196,7 @@ class _Merge:
             name,
             self.strengths[i],
             "" if blocks is None else str(BlockWeights.read(blocks)),
-            trigger=read_training_words(adapter.metadata).trigger,
+            trigger=read_trigger_words(adapter.metadata).trigger,
             stated_base=StatedBase.read(adapter.metadata, adapter.model.version),
             digest=f"sha256:{digest}" if digest else "",
             modules=len(adapter.updates),

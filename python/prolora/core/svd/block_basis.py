@@ -66,7 +66,7 @@ class BlockBasis:
             return
         earlier = self.rows[:, : self.size]
         last = slice(self.size - self.width, self.size)
-        image = self.gram.rough(earlier[:, last])
+        image = self.gram.multiply_f32(earlier[:, last])
         column = image @ earlier.mT
         self.image = torch.baddbmm(image, column, earlier, alpha=-1)
         self.projected[:, last, : self.size] = column

@@ -44,7 +44,7 @@ class FormedGram:
         # G is its transpose; a CPU multiplies as it always did, to the last bit.
         return x @ self.precise if is_on_host(x) else precise_product(x, self.precise)
 
-    def rough(self, x: Tensor) -> Tensor:
+    def multiply_f32(self, x: Tensor) -> Tensor:
         """Multiplies in float32."""
         return x @ self.single
 
@@ -80,7 +80,7 @@ class ImpliedGram:
         """Multiplies the rows of x [b, c, d], float64, by G."""
         return precise_product(precise_product(x, self.precise.mT), self.precise)
 
-    def rough(self, x: Tensor) -> Tensor:
+    def multiply_f32(self, x: Tensor) -> Tensor:
         """Multiplies in float32."""
         return multiply_narrow(self.single, multiply_narrow(self.single.mT, x.mT)).mT
 

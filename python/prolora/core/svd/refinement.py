@@ -111,7 +111,7 @@ def _measure_pairs(gram: AnyGram, ritz: Ritz, cut: Cut) -> Pairs:
     # A dense rung keeps many: the gaps next to its window are as small as float32's rounding.
     rough = 0 if ritz.beyond is None or ritz.dense else cut.first
     if rough > start:
-        middle = gram.rough(x[:, start:rough].float()).double()
+        middle = gram.multiply_f32(x[:, start:rough].float()).double()
         y = gram(torch.cat([x[:, :start], x[:, rough:]], 1))
         y = torch.cat([y[:, :start], middle, y[:, start:]], 1)
     else:
