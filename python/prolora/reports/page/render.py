@@ -46,7 +46,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         finalize=_finalize,
     )
-    environment.filters |= {"png": _embed_png, "breakable": _break_name}
+    environment.filters |= {"png": _embed_png, "is_tiny": _is_tiny, "breakable": _break_name}
     environment.loader = FunctionLoader(_read_asset)
     return environment
 
@@ -68,6 +68,11 @@ def _break_name(text: str) -> str:
 
 def _embed_png(png: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"
+
+
+def _is_tiny(png: bytes) -> bool:
+    """Returns True for an image that a browser would smooth to mud: its width is in the header."""
+    return int.from_bytes(png[16:20], "big") < 64
 
 
 @cache
