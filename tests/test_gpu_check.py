@@ -28,7 +28,7 @@ from gpu.stages import stage_of
 from gpu.steps import Bench, Step
 
 import prolora
-from prolora.core.ops import krylov_block, precise_product, small_svd
+from prolora.core.ops import krylov_block, native, precise_product, small_svd
 from prolora.core.svd import block_basis
 
 ROOT = Path(__file__).parents[1]
@@ -251,6 +251,16 @@ def on_a_card(tmp_path, monkeypatch):
     """A bench that takes the processor for a GPU."""
     monkeypatch.setattr(Bench, "device", "cpu")
     return Bench("correct", tmp_path, MACHINE, "bench/gpu.sh correct", dry=False, step="panel_qr")
+
+
+def test_a_gpu_that_runs_no_kernel_fails_the_check(on_a_card, monkeypatch):
+    monkeypatch.setattr(Bench, "run_command", lambda *_, **__: (0, ""))
+    monkeypatch.setattr(native, "cuda_status", lambda: (0, "there is none"))
+    with pytest.raises(AssertionError, match="no GPU: there is none"):
+        correct.count_gpus(on_a_card)
+    monkeypatch.setattr(native, "choose", lambda *_: native.Choice(None, "it is old"))
+    with pytest.raises(AssertionError, match="panel_qr runs in torch here: it is old"):
+        ours.compare_kernel(on_a_card, "a case", lambda: 0, lambda: 0)
 
 
 @pytest.mark.parametrize("said", ["134 skipped in 2s", "1 passed, 1 failed in 2s"])

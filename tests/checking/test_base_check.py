@@ -118,6 +118,18 @@ def test_what_is_no_hash_of_a_file_proves_nothing(files, tmp_path, word):
         assert prolora.transfer(named, *pair, dry_run=True).report.totals["mapped"]
 
 
+def test_the_whole_hash_decides_where_two_files_share_the_short_one(files, tmp_path):
+    lora, a, b = files
+    more = {key: x for key, x in load_file(a).items() if key.startswith("zz")}
+    save_file(load_file(b) | more, b)
+    stated = kohya_hashes(a)
+    assert stated["ss_sd_model_hash"] == kohya_hashes(b)["ss_sd_model_hash"]
+    of_a = say_base(lora, tmp_path / "of_a.safetensors", **stated)
+    assert prolora.transfer(of_a, a, b, dry_run=True).report.totals["mapped"]
+    with pytest.raises(errors.WrongBase):
+        prolora.transfer(of_a, b, a, dry_run=True)
+
+
 def test_the_name_of_the_target_is_said_first_and_refuses_nothing(files, tmp_path):
     lora, a, b = files
     named = say_base(lora, tmp_path / "named.safetensors", ss_sd_model_name="A_fp16.safetensors")

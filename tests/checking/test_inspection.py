@@ -6,7 +6,8 @@ from checkpoints import sparse_file
 from lora_files import LINEAR, adapter_of, keymaps, kohya_file, save
 from safetensors.torch import load_file
 
-from prolora import adapters, check
+import prolora
+from prolora import check
 
 STEM = "lora_unet_mid_block_attentions_0_proj_in"
 
@@ -87,7 +88,8 @@ def test_every_kind_of_update_is_told_with_its_rank_and_what_it_needs(tmp_path, 
 
 def test_strengths_are_counted_by_place_and_what_is_left_out_by_reason(tmp_path):
     adapter = adapter_of({**LINEAR, "text_encoder.text_model.encoder.layers.0.mlp.fc1": (6, 5)})
-    adapters.write_adapter(adapter, tmp_path / "lora")
+    prolora.convert(adapter, out=tmp_path / "lora.safetensors")
+    (tmp_path / "lora.safetensors").rename(tmp_path / "lora")
     tensors = load_file(tmp_path / "lora")
     tensors["lora_te_text_model_encoder_layers_0_mlp_fc1.alpha"] = torch.tensor(1.0)
     tensors["lora_unet_mid_block_attentions_0_norm.w_norm"] = torch.ones(3)
@@ -140,7 +142,7 @@ def test_something_else_altogether_is_unknown(tmp_path):
 
 
 def test_alphas_of_a_peft_folder_are_those_of_its_configuration(tmp_path):
-    adapters.write_adapter(adapter_of(LINEAR, [4, 2]), tmp_path / "out", format="peft")
+    prolora.convert(adapter_of(LINEAR, [4, 2]), out=tmp_path / "out", format="peft")
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     config |= {"lora_alpha": 1, "alpha_pattern": {"to_q": 3}}
     (tmp_path / "out" / "adapter_config.json").write_text(json.dumps(config))

@@ -54,6 +54,30 @@ def test_nothing_else_of_a_header_stands_in_the_card(prolora, line, tmp_path):
     }
 
 
+def test_several_loras_have_one_card_in_their_folder(prolora, line, tmp_path):
+    other = tmp_path / "other.safetensors"
+    save_file(lora_tensors(), other, {"modelspec.license": "Our own terms: ask"})
+    assert prolora(*line, other, "-o", tmp_path / "moved")[0] == 0
+    read = read_card(tmp_path / "moved" / "README.md")
+    assert read.data.base_model == ["target", "source"]
+    # Each has its own licence and words, so the card as a whole has none.
+    assert read.data.license is None and "instance_prompt" not in read.data.to_dict()
+    assert [row for row in read.text.splitlines() if row.startswith("## ")] == [
+        "## lora.safetensors",
+        "## other.safetensors",
+    ]
+    assert "Licence: Our own terms: ask" in read.text
+    # Where nothing is new there is no card; what was there already is in one.
+    file, again = tmp_path / "moved" / "README.md", (*line, other, "-o", tmp_path / "moved")
+    assert prolora(*again)[0] == 2  # for the card's sake
+    file.unlink()
+    assert prolora(*again)[0] == 0 and not file.exists()
+    (tmp_path / "moved" / "other.safetensors").unlink()
+    assert prolora(*again)[0] == 0
+    text = read_card(file).text
+    assert text.count("## ") == 2 and text.count("Moved in an earlier run") == 1
+
+
 def test_the_card_of_a_peft_folder_lies_in_it(prolora, line, tmp_path):
     for more in ((), ("--overwrite",)):
         assert prolora(*line, "-o", tmp_path / "peft", "--format", "peft", *more)[0] == 0

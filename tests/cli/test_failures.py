@@ -5,6 +5,7 @@ import json
 import os
 
 import pytest
+import torch
 from lora_files import read_lora
 from safetensors.torch import load_file, save_file
 
@@ -88,6 +89,15 @@ def test_a_folder_that_must_not_be_read_is_no_traceback(prolora, case, tmp_path,
     monkeypatch.setattr("builtins.open", refuse_open)
     code, _, text = prolora("check", source)
     assert code in (1, 2) and "Permission denied" in text
+
+
+def test_torch_without_memory_is_no_traceback(prolora, monkeypatch):
+    def fail(path, **_):
+        torch.empty(1 << 60, dtype=torch.uint8)
+
+    monkeypatch.setattr("prolora.cli.check.check_file", fail)
+    code, _, text = prolora("check", "x")
+    assert code == 1 and text.startswith("Error: the system gave no more memory")
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch):
@@ -175,6 +185,13 @@ def test_the_report_replaces_no_lora_of_the_run(prolora, line, tmp_path, monkeyp
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         code, _, _ = prolora(*line, "-o", "peft", "--format", "peft", "--report", f"peft/{name}")
         assert code == 2 and not list((tmp_path / "peft").iterdir())
+
+
+def test_the_report_replaces_no_link_to_the_lora(prolora, line, tmp_path):
+    out, link = tmp_path / "out.safetensors", tmp_path / "link.json"
+    link.symlink_to(out)
+    code, _, text = prolora(*line, "-o", out, "--report", link)
+    assert code == 2 and "would replace the LoRA" in text and not out.exists()
 
 
 @pytest.mark.parametrize("name", ["report.json", "report.html"])

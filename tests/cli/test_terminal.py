@@ -13,7 +13,7 @@ from lora_files import read_lora
 from mini import BLOCK, lora_tensors, source_weights, target_weights, write_folder
 from safetensors.torch import save_file
 
-from prolora.cli.console import PlainConsole, make_printable
+from prolora.cli.console import PlainConsole, make_printable, weight_stages
 
 ESCAPES = "\x1b]0;title\x07\x1b[2J\x9b31m\u202e\x7f"
 CONTROLS = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
@@ -193,3 +193,22 @@ def test_a_plain_console_keeps_its_own_styles(monkeypatch, capsys):
     monkeypatch.delenv("NO_COLOR", raising=False)
     PlainConsole().print("[b]x\x1b[1m", style="red")
     assert capsys.readouterr().out == "\x1b[31m[b]x\\x1b[1m\x1b[0m\n"
+
+
+def test_one_bar_over_all_stages_never_goes_back_and_is_full_at_the_end():
+    shown = []
+    stages = {"reading": 0.1, "checking": 0.2, "": 0.6, "writing": 0.1}
+    show = weight_stages(lambda done, total, _: shown.append(done / total), stages)
+    for step in ((4, 8, "checking a"), (8, 8, "checking b"), (0, 8, "down.0"), (8, 8, "down.1")):
+        show(*step)
+    show(1, 1, "writing out")
+    assert shown == pytest.approx([0.2, 0.3, 0.3, 0.9, 1.0])
+    show = weight_stages(lambda done, total, _: shown.append(done / total), stages)
+    shown.clear()
+    for step in (
+        (8, 8, "LoRA 3 of 4: down"),
+        (0, 1, "LoRA 4 of 4: reading x"),
+        (1, 1, "LoRA 4 of 4: writing"),
+    ):
+        show(*step)
+    assert shown == pytest.approx([0.725, 0.75, 1.0])

@@ -1,13 +1,10 @@
 """What two bases have in common: in the report of a transfer, and known when it is asked again."""
 
-import math
-
 import pytest
 import torch
 from mini import source_weights, target_weights, write_case
 
 import prolora
-from prolora.bases.cache.basis_cache import BasisCache
 from prolora.comparison import overlap
 from prolora.core.similarity import ANGLE_SHARES
 
@@ -41,32 +38,3 @@ def test_a_pair_that_is_known_is_not_computed_again(tmp_path, monkeypatch):
     monkeypatch.setattr(overlap, "angle_quantiles", None)
     monkeypatch.setattr(overlap, "basis_similarity", None)
     assert moved(case, folder) == cold
-
-
-@pytest.mark.parametrize("note", [[0.5] * 4, [0.5] * 13 + ["x"]])
-def test_a_note_of_another_kind_is_computed_again_and_the_others_are_not(
-    tmp_path, monkeypatch, note
-):
-    case, folder = write_case(tmp_path), tmp_path / "cache"
-    cold = moved(case, folder)
-    real, calls, spoilt = BasisCache.pairs, [], []
-
-    def pairs(self, source, target):
-        notes = real(self, source, target)
-        if not spoilt:
-            spoilt.append(next(key for key in notes._entries if key.startswith(overlap.KEY_PREFIX)))
-            notes.put(spoilt[0], note)
-        return notes
-
-    def counted(ours, theirs):
-        calls.append(len(ours.U))
-        return found(ours, theirs)
-
-    found = overlap.angle_quantiles
-    monkeypatch.setattr(BasisCache, "pairs", pairs)
-    monkeypatch.setattr(overlap, "angle_quantiles", counted)
-    again = moved(case, folder)
-    assert calls == [1] and set(again) == set(cold)
-    for name, measures in cold.items():
-        assert again[name].angles_left == pytest.approx(measures.angles_left, abs=1e-9)
-        assert math.isclose(again[name].phi_left, measures.phi_left, rel_tol=1e-9)

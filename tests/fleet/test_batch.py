@@ -203,6 +203,17 @@ def test_files_that_no_system_or_parser_takes_stop_no_other(folder):
     assert [outcome.status for outcome in outcomes][1:] == ["failed"] + ["moved"] * 3
 
 
+def test_an_interruption_is_no_failure_of_a_lora(folder, monkeypatch):
+    loras, source, target, moved = folder
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(adapters, "read_adapter", stop)
+    with pytest.raises(KeyboardInterrupt):
+        prolora.transfer_many(loras, source, target, moved)
+
+
 def test_a_folder_of_which_a_part_is_gone_is_refused(folder):
     """What a run left that was killed between the two files."""
     loras, source, target, moved = folder

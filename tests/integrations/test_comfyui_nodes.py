@@ -361,6 +361,29 @@ def test_a_file_that_is_none_of_ours_is_not_replaced(pack, models):
     assert file.stem in refuse(pack) and file.read_bytes() == before
 
 
+def test_names_that_no_file_system_takes_become_plain_and_short(pack, models):
+    long = "ü" * 90 + " (v2)"
+    write_lora(models, f"my styles/{long}")
+    name = move(pack, lora=f"my styles/{long}.safetensors")
+    assert "/my styles/" in name and len(Path(name).name.encode()) < 150
+    assert (models / "loras" / name).is_file()
+
+
+def test_a_model_is_named_with_its_folder_where_two_have_one_name(pack, models, monkeypatch):
+    import folder_paths
+
+    known = folder_paths.folder_names_and_paths
+    monkeypatch.setitem(
+        known, "diffusion_models", ([str(models / "diffusion_models")], {".safetensors"})
+    )
+    (models / "diffusion_models").mkdir()
+    save_file({}, models / "diffusion_models" / "target.safetensors")
+    bases = sys.modules["comfyui_prolora.host"].map_bases()
+    assert {"checkpoints/target.safetensors", "diffusion_models/target.safetensors"} < {*bases}
+    assert "source.safetensors" in bases and "target.safetensors" not in bases
+    assert move(pack, use_on="checkpoints/target.safetensors")
+
+
 def test_a_moved_lora_is_applied_and_moved_once(pack, models, monkeypatch):
     import comfy.sd
 
@@ -403,6 +426,16 @@ def test_before_and_after_are_pictures_that_differ_in_the_strength_alone(pack, m
     for link in ("model", "clip", "vae", "latent_image"):
         # No model is loaded before it is known that the LoRA can be moved.
         assert known[link][1]["rawLink"] and known[link][1]["lazy"]
+
+
+def test_a_row_of_pictures_has_each_below_its_label(pack):
+    picture = torch.full((1, 64, 240, 3), 0.5)
+    values = {f"picture_{i}": picture for i in (1, 2)}
+    (row,) = pack.NODE_CLASS_MAPPINGS["ProloraSideBySide"]().run(labels="without\n0.8", **values)
+    assert row.shape == (1, 64 + 40, 2 * 240 + 8, 3)
+    assert torch.equal(row[:, 40:, :240], picture) and torch.equal(row[:, 40:, 248:], picture)
+    first, second = row[:, :40, :240], row[:, :40, 248:]
+    assert first.min() < 0.2 and first.max() == 1 and not torch.equal(first, second)
 
 
 @pytest.fixture

@@ -307,6 +307,23 @@ def test_a_dry_run_reads_no_weight_and_names_every_module(monkeypatch):
     assert all(row.rank_out == min(*row.shape, 4) for row in report.rows("mapped"))
 
 
+def test_an_extraction_replaces_no_input_and_leaves_nothing_where_it_is_stopped(tmp_path):
+    def stop(done, total, name):
+        if done:
+            raise KeyboardInterrupt
+
+    files = [tmp_path / name for name in ("old.safetensors", "new.safetensors")]
+    for number, file in enumerate(files):
+        save_file(make_base(number), file)
+        file.chmod(0o444)
+    for out in files:
+        with pytest.raises(prolora.errors.OutputError):
+            prolora.extract(*files, out=out, overwrite=True)
+    with pytest.raises(KeyboardInterrupt):
+        prolora.extract(*files, out=tmp_path / "out.safetensors", progress=stop)
+    assert sorted(tmp_path.iterdir()) == sorted(files)
+
+
 def test_an_extracted_lora_is_for_its_base_and_moves_on(tmp_path, monkeypatch):
     monkeypatch.setattr(identity, "_SHORT_START", 0)  # these files have less than a megabyte
     old, new, out = (tmp_path / f"{n}.safetensors" for n in ("old", "new", "x"))

@@ -14,11 +14,13 @@ from mini import write_case
 from safetensors.torch import load_file
 
 import prolora
-from prolora.adapters.adapter_folder import DIFFUSERS_WEIGHTS, PEFT_CONFIG, PEFT_WEIGHTS
 from prolora.files import hub
 from prolora.fleet.listing import list_loras
 
 SOLE = "weights-v1.5.safetensors"
+# As PEFT and diffusers save them.
+PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
 errors = pytest.importorskip(
     "huggingface_hub.errors", reason="huggingface_hub is not installed (extra hub)"
 )

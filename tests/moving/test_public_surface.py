@@ -85,12 +85,17 @@ def test_options_of_another_function_are_refused_with_the_right_ones(function, k
         ("out_rank", True),
         ("out_rank", [8]),
         ("out_rank", math.nan),
+        ("out_rank", 0),
+        ("out_rank", 1.0),
+        ("out_rank", "half"),
+        ("out_rank", "0%"),
         ("method", "magic"),
         ("text_encoder", "maybe"),
         ("format", "zip"),
         ("dtype", "int8"),
         ("rank", math.nan),
         ("rank", 0),
+        ("rank", 2.0),
     ],
 )
 def test_an_option_that_is_none_is_refused_by_its_name(tmp_path, name, value):

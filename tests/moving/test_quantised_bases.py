@@ -8,7 +8,6 @@ from mini import lora_tensors, source_weights, target_weights, write_case
 from safetensors.torch import save_file
 
 import prolora
-from prolora.files.safetensors_writing import write_safetensors
 
 
 def note(**content):
@@ -50,7 +49,7 @@ def test_a_base_says_how_it_is_quantised(tmp_path):
     mixed = int8(source_weights()) | {"conv_in.weight": torch.zeros(4, 4, 3, 3)}
     assert prolora.open_base(mixed).quantised_as == "int8 (12 of 13 weights)"
     assert prolora.open_base(plain(source_weights())).quantised_as == ""
-    write_safetensors(tmp_path / "x.safetensors", mixed, {})
+    save_file(mixed, tmp_path / "x.safetensors")
     assert prolora.check(tmp_path / "x.safetensors").quantised == "int8 (12 of 13 weights)"
 
 

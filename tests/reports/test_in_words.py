@@ -6,7 +6,7 @@ import pytest
 from reports import make_report, make_row
 
 from prolora.core.verdict import PairVerdict
-from prolora.moving.transfer_report import A_VECTOR, judge
+from prolora.moving.transfer_report import A_VECTOR, judge, name_amount
 
 MATHS = re.compile(r"energy|coverage|module|drift|cosine|norm\b|Φ|κ|update|subspace|basis|--")
 
@@ -120,6 +120,17 @@ def test_what_is_lost_is_said_in_words_too():
 def test_a_dry_run_says_that_nothing_was_written():
     told = make_report(dry_run=True, verdict=None).in_words()
     assert "nothing was written" in told.headline and "Next" not in str(told)
+
+
+def test_shares_have_names():
+    names = {
+        1.2: "All",
+        0.9: "Most",
+        0.66: "About two thirds",
+        0.5: "About half",
+        0.0: "Very little",
+    }
+    assert {share: name_amount(share) for share in names} == names
 
 
 def test_of_a_lora_without_updates_only_what_is_known_is_said():
