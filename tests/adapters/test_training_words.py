@@ -14,7 +14,7 @@ from prolora.adapters.trigger_words import (
     CaptionedFolder,
     TrainingWords,
     clean_text,
-    read_training_words,
+    read_trigger_words,
 )
 
 KOHYA = {
@@ -30,7 +30,7 @@ KOHYA = {
 
 
 def test_tags_are_counted_by_folder_and_those_of_regularisation_left_out():
-    words = read_training_words(KOHYA)
+    words = read_trigger_words(KOHYA)
     assert words == TrainingWords(
         "", (CaptionedFolder(24, {"sks woman": 20, "smile": 10, "hat": 2}),)
     )
@@ -43,7 +43,7 @@ def test_several_configured_sets_are_read_and_a_folder_counts_once():
         {"is_dreambooth": True, "tag_frequency": {"a": {"cat": 3}, "b": {"dog": 5}}},
         {"tag_frequency": {"a": {"cat": 3}}},
     ]
-    words = read_training_words({"ss_datasets": json.dumps(sets), "modelspec.trigger_phrase": "x"})
+    words = read_trigger_words({"ss_datasets": json.dumps(sets), "modelspec.trigger_phrase": "x"})
     assert words.trigger == "x"
     assert words.folders == (CaptionedFolder(3, {"cat": 3}), CaptionedFolder(5, {"dog": 5}))
 
@@ -61,9 +61,9 @@ def test_several_configured_sets_are_read_and_a_folder_counts_once():
     ],
 )
 def test_damaged_fields_are_passed_over(field, text):
-    words = read_training_words({field: text, "modelspec.trigger_phrase": "ok"})
+    words = read_trigger_words({field: text, "modelspec.trigger_phrase": "ok"})
     assert words == TrainingWords("ok")
-    beside = read_training_words(KOHYA | {field: text} if field != "ss_tag_frequency" else KOHYA)
+    beside = read_trigger_words(KOHYA | {field: text} if field != "ss_tag_frequency" else KOHYA)
     assert beside.folders[0].tags["sks woman"] == 20
 
 
@@ -72,7 +72,7 @@ def test_texts_are_one_short_printable_line():
     assert clean_text(nasty) == "a [31mb c d e"
     assert clean_text("日本 é 🙂") == "日本 é 🙂"
     assert clean_text("x" * 10**6) == "x" * LONGEST
-    words = read_training_words(
+    words = read_trigger_words(
         {"modelspec.trigger_phrase": nasty, "ss_tag_frequency": json.dumps({"f": {nasty: 10**400}})}
     )
     assert words.trigger == "a [31mb c d e"
@@ -89,7 +89,7 @@ def test_texts_are_one_short_printable_line():
 def test_any_header_is_read(value, phrase):
     text = json.dumps(value)
     fields = ("ss_tag_frequency", "ss_datasets", "ss_dataset_dirs", "ss_reg_dataset_dirs")
-    words = read_training_words(dict.fromkeys(fields, text) | {"modelspec.trigger_phrase": phrase})
+    words = read_trigger_words(dict.fromkeys(fields, text) | {"modelspec.trigger_phrase": phrase})
     texts = [words.trigger, *words.list_tags(9)]
     assert all(len(t) <= LONGEST and t.encode() is not None for t in texts)
     assert not any(unicodedata.category(c)[0] == "C" for t in texts for c in t)

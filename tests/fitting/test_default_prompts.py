@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import prolora
-from prolora.adapters.trigger_words import CaptionedFolder, TrainingWords, read_training_words
+from prolora.adapters.trigger_words import CaptionedFolder, TrainingWords, read_trigger_words
 from prolora.fitting.default_prompts import COUNT, DIVERSE, derive_prompts
 from prolora.fitting.pipelines.pipeline import Pipeline
 from prolora.fitting.pipelines.pipeline_opening import open_pipeline
@@ -49,9 +49,9 @@ def test_a_tag_of_few_images_is_no_trigger_and_no_header_gives_plain_scenes():
 @given(st.lists(st.dictionaries(st.text(min_size=1), st.integers(1, 10**12), max_size=40)))
 def test_any_tags_make_prompts(tables):
     header = {"ss_tag_frequency": json.dumps({str(i): table for i, table in enumerate(tables)})}
-    prompts = derive_prompts(read_training_words(header))
+    prompts = derive_prompts(read_trigger_words(header))
     assert len(prompts) == COUNT and all(prompts)
-    assert prompts == derive_prompts(read_training_words(header))
+    assert prompts == derive_prompts(read_trigger_words(header))
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_both_models_are_asked_with_them_unless_prompts_are_given(room, given, m
         force=True,
     )
     prompts = derive_prompts(
-        read_training_words({"ss_tag_frequency": '{"a": {"cat": 9, "dog": 3}}'})
+        read_trigger_words({"ss_tag_frequency": '{"a": {"cat": 9, "dog": 3}}'})
     )
     said = " ".join(moved.report.sentences())
     if given:

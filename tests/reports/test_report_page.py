@@ -12,6 +12,7 @@ from importlib import resources
 from pathlib import Path
 
 import pytest
+import torch
 from backends import find_node
 from mini import write_case
 from reports import KINDS, PLACES, Page, make_report, make_row
@@ -22,6 +23,7 @@ from prolora.fitting.fit_report import FitReport
 from prolora.fitting.gate import Gate
 from prolora.fitting.probe_report import ProbeReport
 from prolora.reports.outcome import OutcomesReport
+from prolora.reports.page.picture_file import write_png
 from prolora.reports.report import PictureGrid
 
 HOSTILE = "<script>alert(1)</script>\"'&\x00\x1b[31m\u202e\udcff.attn1.to_q"
@@ -90,6 +92,16 @@ def make_pages(name):
     return [
         dataclasses.replace(report, grid=grid).to_html({name: name}),
         OutcomesReport([moved, failed]).to_html({"command": name}),
+    ]
+
+
+def test_icons_are_shown_sharp_and_images_smooth(report):
+    images = [[write_png(torch.zeros(3, side, side)) for side in (24, 128)]]
+    grid = PictureGrid(["target"], ["an icon", "an image"], images, "Seen.")
+    text = dataclasses.replace(report, grid=grid).to_html()
+    assert re.findall(r'<img( class="tiny")? .*?alt="([^"]+)"', text) == [
+        (' class="tiny"', "target: an icon"),
+        ("", "target: an image"),
     ]
 
 

@@ -39,13 +39,13 @@ def of_one_row(size, dropped):
 def test_no_error_of_the_float32_products_puts_the_bound_below_the_sine(monkeypatch, error, size):
     weight, u, _ = planted(D, D + 40, power_law(D, 0.5))
     spoil = error(size, u[:, K].float())
-    rough = ImpliedGram.rough
+    rough = ImpliedGram.multiply_f32
 
     def wrong(self, x):
         wide = x.shape[1] != 12  # the blocks of the basis are left alone
         return rough(self, x) + (spoil(x) if wide else 0)
 
-    monkeypatch.setattr(ImpliedGram, "rough", wrong)
+    monkeypatch.setattr(ImpliedGram, "multiply_f32", wrong)
     weight = weight.float()
     basis = truncated_svd(weight, K)
     assert true_error(lapack(weight), basis) <= float(basis.bound)
