@@ -29,7 +29,8 @@ from worlds import World, load_world
 
 from prolora import fitting as probe
 
-ROWS = (("pruned", "concept"), ("pruned", "neon"), ("apart", "neon"))
+ROWS = (*(("apart", x) for x in ("neon", "duotone", "concept")),)
+ROWS += (("pruned", "neon"), ("pruned", "concept"))
 IMAGES, SAMPLER_STEPS, ORACLE_STEPS = 24, 10, 90
 FIT = {"probes": 768, "held_out": 24, "batch": 48, "fit_steps": 16, "force": True, "seed": 0}
 
