@@ -63,7 +63,7 @@ def test_the_top_of_the_package_holds_the_rooms_and_little_else():
     assert entries == rooms | files | {"py.typed"}
 
 
-def test_the_mathematics_can_be_lifted_out_and_used_alone(tmp_path):
+def test_the_mathematics_can_be_lifted_out_and_used_alone_and_beside_the_package(tmp_path):
     shutil.copytree(PACKAGE / "core", tmp_path / "lifted" / "core")
     (tmp_path / "lifted" / "__init__.py").write_text("")
     code = """
@@ -77,21 +77,9 @@ moved = project(factors, source, target, rank=16)
 assert moved.rank <= 8 and truncated_svd(source, 16).ok
 assert 0 <= float(similarity(source, target, rank=16).left) <= 1
 assert not any(name == "prolora" or name.startswith("prolora.") for name in sys.modules)
-"""
-    run_fresh(f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{code}")
-
-
-def test_two_copies_of_the_mathematics_work_in_one_process(tmp_path):
-    shutil.copytree(PACKAGE / "core", tmp_path / "lifted" / "core")
-    (tmp_path / "lifted" / "__init__.py").write_text("")
-    code = """
-import torch
-from lifted.core.projection import project
 import prolora
-source, target = torch.randn(2, 64, 48, generator=torch.Generator().manual_seed(0))
-factors = torch.randn(64, 4), torch.randn(4, 48)
-moved = [move(factors, source, target, rank=16) for move in (project, prolora.project)]
-assert torch.equal(moved[0].up, moved[1].up) and type(moved[0]) is not type(moved[1])
+other = prolora.project(factors, source, target, rank=16)
+assert torch.equal(moved.up, other.up) and type(moved) is not type(other)
 """
     run_fresh(f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{code}")
 
@@ -193,13 +181,27 @@ def count_options() -> dict[str, int]:
     return {name: len(options) for name, options in told.items()}
 
 
-# How often each verb opens the LoRA's file.
-OPENS = """
+# What a second transfer in one process takes: files and functions of the package that run (families
+# are data); and how often each verb opens the LoRA's file.
+COUNTS = """
 import json, shutil, sys
 import prolora
 lora, source, target, folder = sys.argv[1:]
+ran = set()
+prolora.transfer(lora, source, target, out=folder + "/first.safetensors")
+def note(frame, event, _):
+    code = frame.f_code
+    if event == "call" and "/prolora/" in code.co_filename and code.co_name[0] != "<":
+        ran.add((code.co_filename, code.co_firstlineno))
+sys.setprofile(note)
+prolora.transfer(lora, source, target, out=folder + "/second.safetensors")
+sys.setprofile(None)
+counts = {
+    "files of a second transfer": len({file for file, _ in ran if "/families/" not in file}),
+    "functions of a second transfer": len(ran),
+}
 copied = shutil.copy(lora, folder + "/copied.safetensors")
-opened, opens = [], {}
+opened = []
 sys.addaudithook(lambda event, given: event == "open" and given and opened.append(str(given[0])))
 for name, use in {
     "transfer": lambda: prolora.transfer(lora, source, target, out=folder + "/moved.safetensors"),
@@ -212,26 +214,8 @@ for name, use in {
 }.items():
     opened.clear()
     use()
-    opens["opens of a LoRA by " + name] = opened.count(lora)
-print(json.dumps(opens))
-"""
-# What a second transfer in one process takes: files and functions of the package that run. Families
-# are data.
-SECOND_TRANSFER = """
-import json, sys
-import prolora
-lora, source, target, first, second = sys.argv[1:]
-ran = set()
-prolora.transfer(lora, source, target, out=first)
-def note(frame, event, _):
-    code = frame.f_code
-    if event == "call" and "/prolora/" in code.co_filename and code.co_name[0] != "<":
-        ran.add((code.co_filename, code.co_firstlineno))
-sys.setprofile(note)
-prolora.transfer(lora, source, target, out=second)
-sys.setprofile(None)
-files = {file for file, _ in ran if "/families/" not in file}
-print(json.dumps([len(files), len(ran)]))
+    counts["opens of a LoRA by " + name] = opened.count(lora)
+print(json.dumps(counts))
 """
 VERSION = """
 import sys
@@ -252,20 +236,15 @@ def measure_start() -> int:
 
 def test_nothing_is_larger_than_its_limit(tmp_path):
     options = count_options()
-    results = [tmp_path / f"{name}.safetensors" for name in ("first", "second")]
-    case = mini.write_case(tmp_path)
-    files, functions = json.loads(run_fresh(SECOND_TRANSFER, *case, *results).splitlines()[-1])
-    opens = json.loads(run_fresh(OPENS, *case, tmp_path).splitlines()[-1])
+    counts = json.loads(run_fresh(COUNTS, *mini.write_case(tmp_path), tmp_path).splitlines()[-1])
     sizes = structure.measure_sizes() | {
         "options": sum(options.values()),
         "most options of a command": max(options.values()),
         "commands": len(options),
         "exports": len(prolora.__all__),
-        "files of a second transfer": files,
-        "functions of a second transfer": functions,
         "modules that --version loads": measure_start(),
     }
-    sizes |= opens
+    sizes |= counts
     for name, most in LIMITS.items():
         print(f"{sizes[name]:6} of {most:6}  {name}")
     larger = {name: (sizes[name], most) for name, most in LIMITS.items() if sizes[name] > most}
