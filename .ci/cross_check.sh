@@ -52,7 +52,7 @@ check() {
     -DPROLORA_INTERFACE='"of no build"' -Icsrc -isystem "$headers" -isystem "$pybind11_headers" -c "$source" -o "$work/out.o"
 }
 
-for target in x86_64-windows-gnu aarch64-macos x86_64-macos aarch64-linux-gnu x86_64-linux-musl; do
+for target in x86_64-windows-gnu aarch64-macos aarch64-linux-gnu x86_64-linux-musl; do
   headers=$python_headers
   if [ "$target" = x86_64-windows-gnu ]; then headers=$work/python-windows; fi
   check "$target" "$headers" csrc/cpu.cpp

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from contenders import Updates
-from flow import fit_lora
 from icons.shipped import load_lora, load_model
 from lessons import Lesson, make_lesson
 from models import load_lora as read_updates
@@ -25,6 +24,7 @@ from models import save_lora
 from scoring import apply_updates
 from torch import nn
 from training import train_lora
+from world_side import fit_lora
 from worlds import World, load_world
 
 from prolora import fitting as probe

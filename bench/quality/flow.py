@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-
-from prolora import LowRank
-from prolora import fitting as probe
-from prolora.fitting.pipelines.schedules import NoiseSchedule, Times
 
 sys.path.append(str(Path(__file__).parents[2] / "examples/mini_family"))
 
 # isort: split
 from model import noised, predict
 from train import BATCH, fit
-
-if TYPE_CHECKING:
-    from worlds import World
 
 SAMPLER_STEPS, FEW_STEPS = 25, 4
 
@@ -54,55 +45,9 @@ def sample(
     return x.clamp(-1, 1)
 
 
-class WorldSide(probe.FitSide):
-    """A model of a world, sampled by Euler steps with guidance."""
-
-    schedule = NoiseSchedule("flow", None, times=Times(1.0, 0.0))
-    prompts = 64
-
-    def __init__(self, world: World, model: nn.Module, adapter: str, steps: int) -> None:
-        self.world, self.denoiser, self.steps = world, model, steps
-        self.name = type(model).__name__
-        generator = torch.Generator().manual_seed(0)
-        self.asked = world.draw_prompts(self.prompts, generator, adapter == "concept")
-
-    @torch.no_grad()
-    def sample(self, number: int, prompt: int) -> probe.Image:
-        noise = torch.randn(1, *self.world.shape, generator=torch.Generator().manual_seed(number))
-        x, levels = noise, 1 - torch.arange(self.steps).double() / self.steps
-        for level in levels:
-            free, wanted = (self.predict(x, level[None], [one]) for one in (-1, prompt))
-            x = x - (free + self.world.guidance * (wanted - free)) / self.steps
-        return probe.Image(x, noise, levels)
-
-    def build_call(
-        self, state: Tensor, level: Tensor, prompts: Sequence[int], adapted: bool = False
-    ) -> probe.Call:
-        y = torch.stack([self.asked[i] for i in prompts])
-        free = torch.tensor([i == probe.NO_PROMPT for i in prompts])
-        y = torch.where(free.reshape(-1, *[1] * (y.dim() - 1)), self.world.null_like(y), y)
-        tokens = self.world.tokens(self.denoiser, y)
-        return probe.Call((state, 1000 * level.float(), tokens), {"return_dict": False})
-
-
-def fit_lora(
-    world: World,
-    models: tuple[nn.Module, nn.Module],
-    updates: Mapping[str, LowRank],
-    adapter: str,
-    settings: probe.FitSettings,
-) -> probe.Fitted:
-    """Fits updates of the first model's modules, named as there, to the second."""
-    sides = (WorldSide(world, model, adapter, settings.steps) for model in models)
-    asking = probe.Asking(*sides, updates, look=settings.look_of_source)
-    return probe.fit_sides(asking, settings)
-
-
 __all__ = [
     "BATCH",
-    "WorldSide",
     "fit",
-    "fit_lora",
     "guided_velocity",
     "noised",
     "predict",

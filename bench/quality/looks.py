@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from contenders import Updates, scale_updates
 from fitted_icons import IMAGES, SAMPLER_STEPS, choose_world
-from flow import fit_lora
 from icons.shipped import load_lora, load_model
 from judge import Judge, train_judge
 from lessons import Lesson, make_lesson
 from scoring import apply_updates, sample_images
 from torch import nn
 from training import train_lora
+from world_side import fit_lora
 
 from prolora import LowRank
 from prolora import fitting as probe

@@ -25,7 +25,6 @@ from typing import Any
 import torch
 from contenders import STRENGTHS, Updates, scale_updates
 from fitted_icons import FIT, IMAGES, SAMPLER_STEPS, Yard, choose_world, measure
-from flow import fit_lora
 from jobs import run_jobs
 from lessons import Images
 from looks import hits
@@ -34,6 +33,7 @@ from results import git
 from scoring import SAMPLE_STEPS, apply_updates, held_out_loss, sample_images
 from study import judge_job, load_judge, training_jobs
 from training import insert_lora, read_factors
+from world_side import fit_lora
 from worlds import NAMES, Data, World, load_world
 
 from prolora import fitting as probe

@@ -14,11 +14,11 @@ import itertools
 from collections.abc import Iterator
 
 import torch
-from flow import fit_lora
 from lessons import make_lesson
 from results import Outcome, misplaced
 from scoring import Yardstick, apply_updates, cases, chosen_rows, loss_rows
 from training import train_base, train_lora
+from world_side import fit_lora
 from worlds import World, load_world
 
 from prolora import fitting as probe
