@@ -88,11 +88,14 @@ def test_a_training_is_nearer_to_held_out_pictures_than_every_copy(icons, folder
 
 
 def test_where_a_copy_is_no_better_than_no_lora_a_training_starts_from_nothing(
-    icons, folder, quick
+    icons, folder, monkeypatch, quick
 ):
-    lora = icons / "loras/neon.safetensors"
-    report = prolora.fit(lora, None, icons / "apart", pictures=folder, **BESIDE).report
-    assert report.errors["the copy at 1"] > 1 and report.start == "nothing"
+    monkeypatch.setattr(pictures, "STEPS", 0)
+    asked = {"pictures": folder, "force": True} | BESIDE
+    done = prolora.fit(icons / "loras/neon.safetensors", None, icons / "apart", **asked)
+    assert done.report.errors["the copy at 1"] > 1 and done.report.start == "nothing"
+    assert done.report.errors["the training"] == pytest.approx(1)
+    assert not any(update.up.any() for update in done.adapter.updates.values())
 
 
 def test_a_training_that_teaches_nothing_sure_leaves_the_best_copy_or_is_refused(
