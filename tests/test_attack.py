@@ -24,7 +24,7 @@ def attack(monkeypatch):
     monkeypatch.syspath_prepend(str(ATTACK))
     import damage_loras
     import foreign_files
-    import kills_commands
+    import kills
     import sandbox
 
     monkeypatch.setattr(sandbox, "SECONDS", 1.0)
@@ -32,7 +32,7 @@ def attack(monkeypatch):
     return {
         "damage": damage_loras,
         "foreign": foreign_files,
-        "kills": kills_commands,
+        "kills": kills,
         "sandbox": sandbox,
     }
 
