@@ -83,12 +83,3 @@ def test_the_card_of_a_peft_folder_lies_in_it(prolora, line, tmp_path):
         assert prolora(*line, "-o", tmp_path / "peft", "--format", "peft", *more)[0] == 0
         assert read_card(tmp_path / "peft" / "README.md").data.library_name == "peft"
     assert not (tmp_path / "README.md").exists()
-
-
-def test_a_readme_of_somebody_else_is_not_replaced(prolora, line, tmp_path):
-    readme, out = tmp_path / "README.md", tmp_path / "moved.safetensors"
-    readme.write_text("# mine")
-    code, _, error = prolora(*line, "-o", out)
-    assert code == 2 and "README.md: exists" in error
-    assert readme.read_text() == "# mine" and not out.exists()
-    assert prolora(*line, "-o", out, "--dry-run")[0] == 0  # writes no card

@@ -57,16 +57,6 @@ def test_json_is_all_that_json_prints(prolora, case, tmp_path):
     assert json.loads(text)["totals"]["mapped"] == 8
 
 
-def test_a_dry_run_of_several_loras_says_what_would_move(prolora, case, tmp_path):
-    lora, source, target = case
-    other = tmp_path / "other.safetensors"
-    other.write_bytes(lora.read_bytes())
-    line = ("transfer", lora, other, "--source", source, "--target", target, "--dry-run")
-    assert "2 would move" in prolora(*line)[1]
-    outcomes = json.loads(prolora(*line, "--json")[1])
-    assert [(o["status"], o["out"]) for o in outcomes] == [("would move", None)] * 2
-
-
 def test_one_bad_lora_stops_no_other_and_the_exit_code_says_so(prolora, case, tmp_path):
     lora, source, target = case
     bad = tmp_path / "bad.safetensors"

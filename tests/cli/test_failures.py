@@ -6,7 +6,6 @@ import os
 
 import pytest
 import torch
-from lora_files import read_lora
 from safetensors.torch import load_file, save_file
 
 from prolora import cli
@@ -207,15 +206,3 @@ def test_a_run_that_was_killed_once_all_was_written_ends_well_with_its_own_repor
     report.write_text("mine")
     code, _, text = prolora(*whole)
     assert code == 2 and "exists" in text and report.read_text() == "mine"
-
-
-def test_the_report_replaces_nothing(prolora, line, tmp_path):
-    out, report = tmp_path / "out.safetensors", tmp_path / "report.json"
-    assert prolora(*line, "-o", out, "--report", report)[0] == 0
-    assert json.loads(report.read_text())["totals"]["mapped"] == 8
-    before = out.read_bytes()
-    other = tmp_path / "other.safetensors"
-    code, _, text = prolora(*line, "-o", other, "--report", out)
-    assert code == 2 and "exists" in text and not other.exists()
-    assert out.read_bytes() == before
-    assert len(read_lora(out).updates) == 8

@@ -8,7 +8,6 @@ from small_models import authors_weights, small_weights
 from prolora import open_base
 from prolora.architectures.layouts import load_layout
 from prolora.architectures.modules import find_block
-from prolora.bases.describe import describe_base
 from prolora.comparison.block_matching import match_blocks
 from prolora.comparison.module_map import find_partners
 from prolora.errors import UnsupportedFormat
@@ -61,16 +60,6 @@ def test_neither_are_two_models_of_no_known_size(tmp_path):
     for pair in (bases, bases[::-1]):
         with pytest.raises(UnsupportedFormat, match=r"blocks has . blocks in .\.safetensors"):
             find_partners(*pair)
-
-
-def test_two_families_are_refused_by_their_names(tmp_path):
-    pair = open_size(tmp_path, "wan-t2v-14b"), open_size(tmp_path, "z-image")
-    with pytest.raises(UnsupportedFormat, match=r"kinds of model \(Wan and Z-Image\)"):
-        find_partners(*pair)
-    assert describe_base(pair[0]) == (
-        "Wan, a transformer with 40 transformer blocks (40 in blocks) of width 5120, "
-        "reading text features of 5120"
-    )
 
 
 def test_chroma_is_flux_without_modulation_and_its_blocks_are_recognised():

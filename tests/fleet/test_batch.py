@@ -65,32 +65,6 @@ def test_a_weight_is_read_as_often_for_many_as_for_one(folder, monkeypatch, aged
     assert {read.count(which) for which in read} == {reads}
 
 
-def test_one_bad_lora_stops_no_other(folder):
-    loras, source, target, moved = folder
-    bad = loras[1]
-    tensors = load_file(bad)
-    tensors[next(iter(tensors))].view(-1)[0] = torch.nan
-    save_file(tensors, bad)
-    loras.insert(0, bad.with_name("no-lora.safetensors"))
-    loras[0].write_bytes(b"nothing")
-    outcomes = prolora.transfer_many(loras, source, target, moved, method="prolora")
-    assert [outcome.status for outcome in outcomes] == ["failed", "moved", "failed", "moved"]
-    assert isinstance(outcomes[2].error, prolora.errors.NonFiniteWeights)
-    assert sorted(path.name for path in moved.iterdir()) == ["a.safetensors", "c.safetensors"]
-
-
-def test_what_is_there_already_is_left_alone_and_said(folder, monkeypatch):
-    loras, source, target, moved = folder
-    first = prolora.transfer_many(loras[:2], source, target, moved)
-    times = [outcome.out.stat().st_mtime_ns for outcome in first]
-    again = prolora.transfer_many(loras, source, target, moved)
-    assert [o.status for o in again] == ["already there", "already there", "moved"]
-    assert [o.out.stat().st_mtime_ns for o in again[:2]] == times
-    assert again[0].to_dict()["status"] == "already there"
-    redone = prolora.transfer_many(loras, source, target, moved, overwrite=True)
-    assert [o.status for o in redone] == ["moved"] * 3
-
-
 def test_a_result_of_anything_else_is_refused_and_stays(folder):
     loras, source, target, moved = folder
     prolora.transfer_many(loras, source, target, moved)
@@ -212,23 +186,6 @@ def test_an_interruption_is_no_failure_of_a_lora(folder, monkeypatch):
     monkeypatch.setattr(adapters, "read_adapter", stop)
     with pytest.raises(KeyboardInterrupt):
         prolora.transfer_many(loras, source, target, moved)
-
-
-def test_a_folder_of_which_a_part_is_gone_is_refused(folder):
-    """What a run left that was killed between the two files."""
-    loras, source, target, moved = folder
-    options = {"format": "peft", "method": "copy"}
-    (outcome,) = prolora.transfer_many(loras[:1], source, target, moved, **options)
-    (again,) = prolora.transfer_many(loras[:1], source, target, moved, **options)
-    assert again.status == "already there"
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        (outcome.out / name).unlink()
-        (again,) = prolora.transfer_many(loras[:1], source, target, moved, **options)
-        assert "exists" in str(again.error)
-        (again,) = prolora.transfer_many(
-            loras[:1], source, target, moved, overwrite=True, **options
-        )
-        assert again.status == "moved"
 
 
 def test_a_result_of_bases_in_memory_is_not_known_again_since_they_may_be_others(folder):

@@ -47,19 +47,6 @@ def test_a_verdict_has_the_size_of_the_lora_beside_its_modules():
         assert done.report.verdict.size == pytest.approx(float(wanted), rel=1e-5)
 
 
-def test_a_lora_of_zeros_is_told_as_one_that_changes_nothing():
-    source = source_weights()
-    target = {name: related(weight, 0.05, 5) for name, weight in source.items()}
-    zeros = {
-        key: x if "lora_down" in key else torch.zeros_like(x) for key, x in lora_tensors().items()
-    }
-    for told in (
-        prolora.transfer(zeros, source, target).report.in_words(),
-        prolora.check(zeros, source=source, target=target).move,
-    ):
-        assert told.mark == "⚠" and told.headline == "This LoRA changes nothing: it is zero."
-
-
 def test_what_is_weakened_or_left_out_as_asked_is_not_told_as_lost_for_want_of_a_place():
     source = source_weights()
     target = {name: related(weight, 0.05, 5) for name, weight in source.items()}

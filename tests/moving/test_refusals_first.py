@@ -1,15 +1,12 @@
 """What can be refused is refused before a base is hashed or a model is loaded."""
 
 import math
-import os
 import re
-import shutil
 import sys
 from functools import partial
 
 import pytest
 import torch
-from lora_files import read_lora
 from mini import shapes, write_case
 from safetensors.torch import load_file, save_file
 
@@ -169,37 +166,9 @@ def test_what_has_no_room_is_refused_before_a_base_is_hashed(
     assert read_tree(tmp_path) == before
 
 
-@pytest.mark.parametrize("error", [RuntimeError("a"), errors.SolverFailure("a"), OSError("a")])
-def test_what_stops_a_move_is_raised_before_a_base_is_hashed(
-    case, tmp_path, unhashed, monkeypatch, error
-):
-    def fail(*_):
-        raise error
-
-    monkeypatch.setattr(sys.modules["prolora.moving.ledger"], "cut_rank", fail)
-    with pytest.raises(type(error), match="a"):
-        prolora.transfer(*case, out=tmp_path / "out.safetensors")
-
-
 def test_the_bases_are_hashed_for_a_result(case, tmp_path, unhashed):
     with pytest.raises(pytest.fail.Exception, match="hashed"):
         prolora.transfer(*case, out=tmp_path / "out.safetensors")
-
-
-@pytest.mark.skipif(os.name == "nt", reason="names are Unicode there")
-def test_a_base_folder_whose_name_is_no_text_can_be_used(case, tmp_path):
-    lora, source, target = case
-    odd = tmp_path / os.fsdecode(b"t\xe9rget")
-    try:
-        shutil.copytree(target, odd)
-    except OSError:
-        pytest.skip("this file system takes UTF-8 names alone")
-    out = tmp_path / "out.safetensors"
-    report = prolora.transfer(lora, source, odd, out=out).report
-    report.save(tmp_path / "report.json")
-    assert set(read_lora(out).updates) == set(shapes(2))
-    (outcome,) = prolora.transfer_many([lora], source, odd, tmp_path / "moved")
-    assert outcome.status == "moved"
 
 
 @pytest.fixture

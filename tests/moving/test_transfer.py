@@ -188,19 +188,6 @@ def test_metadata_is_kept_and_says_where_the_lora_belongs_now(case, tmp_path):
     assert metadata["prolora.method"] == "prolora" and metadata["prolora.source"] == "source"
 
 
-def test_a_peft_folder_is_replaced_but_no_input_is(case, tmp_path):
-    lora, source, target = case
-    done = prolora.transfer(lora, source, target)
-    for overwrite in (False, True):
-        done.save(tmp_path / "peft", format="peft", overwrite=overwrite)
-    again = prolora.transfer(tmp_path / "peft", target, target, again=True)
-    assert set(again.adapter.updates) == set(shapes(2))
-    with pytest.raises(errors.OutputError):
-        again.save(tmp_path / "peft", format="peft", overwrite=True)
-    with pytest.raises(errors.OutputError, match=r"directory|folder"):
-        done.save(tmp_path / "peft", format="kohya", overwrite=True)
-
-
 def test_the_result_does_not_depend_on_how_weights_are_stacked(case, monkeypatch):
     lora, source, target = case
     together = prolora.transfer(lora, source, target, threshold=0, method="prolora", rank=0.9)
@@ -223,21 +210,6 @@ def test_a_lora_of_more_columns_than_a_layer_has_is_moved(case, method):
         expected = expected_update(name, method=method, columns=30)
         assert (update.dense().double() - expected).norm() < 3e-6 * expected.norm()
         assert method == "copy" or update.rank <= 24
-
-
-def test_progress_counts_every_pair_and_an_exception_in_it_cancels(case, tmp_path):
-    lora, source, target = case
-    seen = []
-    prolora.transfer(lora, source, target, progress=lambda *a: seen.append(a))
-    assert seen[-1][:2] == (8, 8)
-
-    def stop(done, total, name):
-        raise KeyboardInterrupt
-
-    out = tmp_path / "out.safetensors"
-    with pytest.raises(KeyboardInterrupt):
-        prolora.transfer(lora, source, target, out=out, progress=stop)
-    assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["lora.safetensors"]
 
 
 def test_a_target_of_another_width_is_refused_with_both_shapes(case, tmp_path):
