@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
 import torch
@@ -146,7 +147,7 @@ def test_an_error_inside_one_lora_stops_no_other(folder, monkeypatch, error, whe
         "read_adapter": (adapters, lambda lora, **_: lora.path == loras[1]),
         # Of the second LoRA alone every update has rank 2.
         "cut_rank": (
-            sys.modules["prolora.moving.ledger"],
+            import_module("prolora.moving.ledger"),
             lambda update, *_: update.rank == 2,
         ),
     }[where]

@@ -2,8 +2,8 @@
 
 import math
 import re
-import sys
 from functools import partial
+from importlib import import_module
 
 import pytest
 import torch
@@ -113,7 +113,7 @@ def read_tree(folder):
 @pytest.fixture
 def unsolved(monkeypatch):
     """An SVD ends the test."""
-    module = sys.modules["prolora.bases.cache.basis_cache"]
+    module = import_module("prolora.bases.cache.basis_cache")
     monkeypatch.setattr(module, "truncated_svd", lambda *a, **k: pytest.fail("an SVD ran"))
 
 
@@ -149,7 +149,7 @@ def test_unrelated_or_broken_bases_are_refused_before_one_is_hashed(case, tmp_pa
 @pytest.mark.parametrize(
     "options, error, named",
     [
-        ({"max_memory": 1 << 20}, errors.TooLittleMemory, ""),
+        ({"max_memory": 1 << 20}, errors.TooLittleMemory, "is too little"),
         ({"out": "lora.safetensors/out.safetensors"}, errors.OutputError, "lora.safet.* is a file"),
         ({"out": "source"}, errors.OutputError, "source"),
         ({"out": "lora.safetensors"}, errors.OutputError, "lora.safetensors"),

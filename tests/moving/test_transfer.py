@@ -1,7 +1,7 @@
 """The main job, end to end: what comes out, what the report says, and what is refused."""
 
 import json
-import sys
+from importlib import import_module
 
 import pytest
 import reference
@@ -191,7 +191,7 @@ def test_metadata_is_kept_and_says_where_the_lora_belongs_now(case, tmp_path):
 def test_the_result_does_not_depend_on_how_weights_are_stacked(case, monkeypatch):
     lora, source, target = case
     together = prolora.transfer(lora, source, target, threshold=0, method="prolora", rank=0.9)
-    monkeypatch.setattr(sys.modules["prolora.bases.memory"], "STACK_BYTES", 1)
+    monkeypatch.setattr(import_module("prolora.bases.memory"), "STACK_BYTES", 1)
     alone = prolora.transfer(lora, source, target, threshold=0, method="prolora", rank=0.9)
     for name, update in alone.adapter.updates.items():
         torch.testing.assert_close(
