@@ -54,7 +54,7 @@ base ([example](../examples/embed.py), [five hosts](../examples/hosts)).
 }
 # What is exported and stands in no group comes last, under "Others".
 GROUPS = {
-    "For embedders": ["project", "LowRank"],
+    "For embedders": ["project", "ProjectionInfo", "LowRank"],
     "LoRA files": [
         "transfer",
         "transfer_many",

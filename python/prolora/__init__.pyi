@@ -13,6 +13,7 @@ from prolora.core.lowrank import LowRank as LowRank
 from prolora.making.merge_options import MergeMethod, MergeOptions as MergeOptions
 from prolora.reports.outcome import Outcome as Outcome
 from prolora.errors import ProLoRAError as ProLoRAError
+from prolora.core.projection_info import ProjectionInfo as ProjectionInfo
 from prolora.reports.report import Report as Report
 from prolora.core.similarity import Similarity as Similarity, principal_angles as principal_angles, similarity as similarity
 from prolora.verbs.result import Transfer as Transfer
@@ -51,6 +52,7 @@ __all__ = [
     "Method",
     "Outcome",
     "ProLoRAError",
+    "ProjectionInfo",
     "Report",
     "Similarity",
     "Transfer",

@@ -120,7 +120,7 @@ def project(
         method: a name of `METHODS`, or "auto": "copy", and a refusal where the two weights (of a
             stack, all of its matrices together) have nothing in common; or a `Method` or a function
             of your own, called with a LowRank, W_src and W_tgt, that returns (up, down).
-        return_info: also return a ProjectionInfo. It describes the update in the bases of both
+        return_info: also return a `ProjectionInfo`. It describes the update in the bases of both
             weights, so they are factorised for it, whatever the method needs. A function of your
             own, or a `Method` with one, has none.
 

@@ -15,7 +15,7 @@ from .similarity import Similarity, basis_similarity
 
 @dataclass(frozen=True, repr=False)
 class ProjectionInfo:
-    """What a projection kept and lost; every field is [...], one value per matrix, float64.
+    """What a projection kept and lost, one value per matrix: [...], shares and norms in float64.
 
     Where several updates of each weight were moved at once, those that depend on the update are
     [..., l].
