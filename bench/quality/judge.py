@@ -56,6 +56,11 @@ def train_judge(world: World) -> Judge:
     return judge.eval().requires_grad_(False)
 
 
+def hits(logits: torch.Tensor, wanted: torch.Tensor) -> float:
+    """The share of rows whose largest logit is the wanted class."""
+    return float((logits.argmax(1) == wanted).float().mean())
+
+
 def accuracy(world: World, judge: Judge) -> list[float]:
     """Shares of held-out images whose content, style and look are recognised correctly."""
     generator = torch.Generator().manual_seed(9)

@@ -26,8 +26,8 @@ import torch
 from contenders import STRENGTHS, Updates, scale_updates
 from fitted_icons import FIT, IMAGES, SAMPLER_STEPS, Yard, choose_world, measure
 from jobs import run_jobs
+from judge import hits
 from lessons import Images
-from looks import hits
 from models import Folder, load_lora, save_lora
 from results import git
 from scoring import SAMPLE_STEPS, apply_updates, held_out_loss, sample_images
