@@ -2,18 +2,20 @@
 """The tests that the changes since a revision can reach, one a line; none where all are reached.
 
 A change of a room reaches its own tests and those of every room above it in tests/test_rooms.py;
-pages and benches reach the tests beside the rooms, which always run; anything else reaches all.
+what tests borrow reaches those that import it; pages, benches and the stub reach the tests beside
+the rooms, which always run; anything else reaches all.
 """
 
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PAGES = (".md", ".png", ".html", ".js", ".yml")
+PAGES = (".md", ".png", ".svg", ".html", ".js", ".yml", ".pyi")
 
 
 def list_rooms() -> list[str]:
@@ -27,16 +29,27 @@ def list_rooms() -> list[str]:
     return [room for level in ast.literal_eval(value) for room in sorted(level)]
 
 
+def find_borrowers(stem: str) -> set[str]:
+    """Returns folders of tests that import a file of tests/support, perhaps through another one."""
+    pattern = re.compile(rf"^ *(?:from|import) {stem}\b", re.MULTILINE)
+    files = [f for f in (ROOT / "tests").rglob("*.py") if pattern.search(f.read_text("utf-8"))]
+    folders = {file.relative_to(ROOT / "tests").parts[0] for file in files}
+    through = [file.stem for file in files if file.parent.name == "support"]
+    return (folders - {"support"}).union(*map(find_borrowers, through))
+
+
 def reach_tests(changed: list[str], rooms: list[str]) -> set[str] | None:
     """Returns folders of tests that a change reaches; None stands for all of them."""
     reached: set[str] = set()
     for path in changed:
         top, name, *_ = f"{path}/".split("/")
-        if path.startswith("python/prolora/"):
+        if path.startswith("python/prolora/") and not path.endswith(".pyi"):
             room = path.split("/")[2].removesuffix(".py")
             if room not in rooms:
                 return None
             reached |= {"integrations", *rooms[: rooms.index(room) + 1]}
+        elif path.startswith("tests/support/") and path.endswith(".py"):
+            reached |= find_borrowers(Path(path).stem)
         elif top == "integrations" or (top == "tests" and name in rooms):
             reached.add(name if top == "tests" else top)
         elif not (

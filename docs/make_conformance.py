@@ -138,4 +138,6 @@ def write_set(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    write_set(Path(sys.argv[1]))
+    folder = Path(sys.argv[1])
+    folder.mkdir(parents=True, exist_ok=True)
+    write_set(folder)

@@ -177,10 +177,10 @@ def test_a_change_reaches_the_tests_of_its_room_and_of_all_rooms_above():
         "tests/moving"
     }
     assert "tests/core" in reach("python/prolora/core/basis.py")
+    borrowers = reach("tests/support/published_models.py", "python/prolora/__init__.pyi")
+    assert "tests/architectures" in borrowers and "tests/core" not in borrowers
 
 
-@pytest.mark.parametrize(
-    "path", ["pyproject.toml", "csrc/ops.h", "tests/support/mini.py", ".ci/run"]
-)
+@pytest.mark.parametrize("path", ["pyproject.toml", "csrc/ops.h", "tests/conftest.py", ".ci/run"])
 def test_a_change_outside_the_rooms_reaches_all_tests(path):
     assert reach("docs/guide.md", path) is None

@@ -218,6 +218,13 @@ def test_a_list_of_earlier_moves_that_nobody_made_costs_no_time(files, tmp_path)
     assert found.moves[-2].target == "t999"  # the latest are kept
 
 
+def test_an_earlier_move_without_a_target_counts_as_absent(files, tmp_path):
+    damaged, header = tmp_path / "damaged.safetensors", read_header(files[0])
+    header["prolora.earlier_moves"] = json.dumps([{"target": 3}, {"source": "a"}, 7])
+    save_file(load_file(files[0]), damaged, header)
+    assert "moved before: from a.safetensors to b.safetensors" in str(prolora.check(damaged))
+
+
 def test_a_check_tells_the_old_base_from_the_one_that_it_was_moved_to(files):
     moved, a, b, _ = files
     old, new = prolora.check(moved, base=a), prolora.check(moved, base=b)

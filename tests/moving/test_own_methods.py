@@ -83,6 +83,8 @@ def test_a_method_that_is_none_is_refused(case):
         prolora.transfer(*case, method=replace(prolora.METHODS["copy"], summary="mine"))
     with pytest.raises(ValueError, match=r"choose from auto, prolora, copy$"):
         prolora.project(factors, weight, weight, method="magic")
+    with pytest.raises(ValueError, match="'half' looks at no bases and has no `rule`"):
+        replace(prolora.METHODS["copy"], name="half", split=lambda side: (0.5 * side.x,))
     with pytest.raises(ValueError, match="return_info"):
         prolora.project(factors, weight, weight, method=plain, return_info=True)
 

@@ -96,7 +96,8 @@ class Method:
         outcome: a report's words for a module that was moved by it.
         split: the parts of one side's rows that make ΔW_t = Σ_i L_iᵀ R_i. The parts of a side are
             mutually orthogonal (range and complement of one target basis).
-        rule: computes the update in place of `split`.
+        rule: computes the update in place of `split`; a method without bases has one, or it would
+            copy.
     """
 
     name: str
@@ -106,6 +107,14 @@ class Method:
     outcome: str
     split: Callable[[Side], Parts]
     rule: Rule | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses a method whose `split` would not be asked."""
+        if not (self.needs_bases or self.rule or self.name == "copy"):
+            raise ValueError(
+                f"method {self.name!r} looks at no bases and has no `rule`: it would copy; give it "
+                "a rule"
+            )
 
 
 MethodLike = MethodChoice | Method | Rule

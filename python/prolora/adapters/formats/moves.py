@@ -58,14 +58,14 @@ def read_moves(metadata: Mapping[str, str]) -> tuple[Move, ...]:
     if not last.target:
         return ()
     try:
-        told = metadata.get(PREFIX + EARLIER, "[]")
-        listed = json.loads(told) if len(told) <= _LONGEST else []
+        stored = metadata.get(PREFIX + EARLIER, "[]")
+        listed = json.loads(stored) if len(stored) <= _LONGEST else []
     except (ValueError, RecursionError):
         listed = []
     earlier = [
         Move(**{name: text for name in _FIELDS if isinstance(text := entry.get(name), str)})
         for entry in (listed[-MOST_EARLIER:] if isinstance(listed, list) else [])
-        if isinstance(entry, dict)
+        if isinstance(entry, dict) and isinstance(entry.get("target"), str)
     ]
     return (*earlier, last)
 
