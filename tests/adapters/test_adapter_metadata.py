@@ -1,9 +1,12 @@
+"""What the header of a written LoRA says of it, and what goes because it is of the old file."""
+
 import json
 
 import pytest
+import torch
 from lora_files import LINEAR, adapter_of
 
-from prolora import adapters
+import prolora
 from prolora.adapters.formats.metadata import find_ids, rewrite_metadata
 from prolora.architectures.families import known_families
 
@@ -27,96 +30,82 @@ KOHYA = {
     "lora_adapter_metadata": "{}",
     "prolora.source": "older",
 }
+KEPT = ("ss_tag_frequency", "ss_output_name", "modelspec.trigger_phrase")
+KEPT += ("modelspec.implementation", "ss_network_dim", "ss_network_alpha")
+OF_THE_OLD_FILE = {"sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256"}
 
 
-def moved(**options):
-    arguments = dict(
-        target_name="new", target_layout="sdxl", provenance={"source": "old", "method": "prolora"}
-    )
-    return rewrite_metadata(KOHYA, **{**arguments, **options})
+def moved(old=KOHYA, layout="sdxl"):
+    provenance = {"source": "old", "method": "prolora"}
+    return rewrite_metadata(old, target_name="new", target_layout=layout, provenance=provenance)
 
 
-def test_what_says_how_the_lora_is_used_is_kept():
+def test_a_moved_header_keeps_how_the_lora_is_used_and_names_the_new_base():
     metadata = moved()
-    for key in (
-        "ss_tag_frequency",
-        "ss_output_name",
-        "modelspec.trigger_phrase",
-        "modelspec.implementation",
-    ):
-        assert metadata[key] == KOHYA[key]
+    own = {
+        "ss_base_model_version": "sdxl_base_v1-0",
+        "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
+        "ss_sd_model_name": "new",
+        "ss_v2": "False",
+        "modelspec.merged_from": "my cat, new",
+        "ss_training_comment": "made with care; moved from old to new by prolora",
+        "modelspec.sai_model_spec": "1.0.1",  # as managers require it, and no date: equal bits
+        "modelspec.title": "my cat",
+        "prolora.source": "old",
+        "prolora.method": "prolora",
+    }
+    left = {key: KOHYA[key] for key in metadata.keys() - own.keys()}
+    assert metadata == own | left and {*KEPT} <= left.keys()
+    assert "ss_new_sd_model_hash" not in metadata and not OF_THE_OLD_FILE & metadata.keys()
+    unknown = moved(layout=None)
+    gone = {"ss_base_model_version", "modelspec.architecture", "ss_v2", "ss_sd_model_hash"}
+    assert not (gone | {"ss_new_sd_model_hash"}) & unknown.keys()
+    bare = moved({}, "ssd-1b")
+    assert bare["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
+    assert bare["ss_training_comment"] == "moved from old to new by prolora"
+    for layout, kept in (("sd15", True), ("sdxl", False)):
+        given = KOHYA | {"modelspec.prediction_type": "v", "modelspec.date": "2024-01-01"}
+        result = moved(given, layout)
+        assert ("modelspec.prediction_type" in result) is kept
+        assert result["modelspec.date"] == "2024-01-01"
 
 
-def test_the_base_model_becomes_the_target():
-    metadata = moved()
-    assert metadata["ss_base_model_version"] == "sdxl_base_v1-0"
-    assert metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
-    assert metadata["ss_sd_model_name"] == "new"
-    assert "ss_new_sd_model_hash" not in metadata
-    assert metadata["ss_v2"] == "False"
-    assert metadata["modelspec.merged_from"] == "my cat, new"
-    assert metadata["ss_training_comment"] == "made with care; moved from old to new by prolora"
+FORMATS = ["kohya", "diffusers", "peft", "comfy"]
 
 
-def test_what_is_not_known_of_the_target_is_removed():
-    metadata = moved(target_layout=None)
-    for key in (
-        "ss_base_model_version",
-        "modelspec.architecture",
-        "ss_v2",
-        "ss_sd_model_hash",
-        "ss_new_sd_model_hash",
-    ):
-        assert key not in metadata
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(("rank", "stated"), [(4, "4"), ([4, 2], "Dynamic"), (None, None)])
+def test_rank_and_alpha_in_the_header_are_those_of_the_file_and_old_hashes_go(
+    tmp_path, format, rank, stated
+):
+    """A1111 shows a rank; a header that had none gets one in the format that has it."""
+    stale = KOHYA | {"lora_adapter_metadata": json.dumps({"unet.r": 99, "unet.lora_alpha": 1})}
+    adapter = adapter_of(LINEAR, rank or 4, metadata=stale if rank else {})
+    out = tmp_path / ("out" if format == "peft" else "out.safetensors")
+    prolora.convert(adapter, out=out, format=format)
+    metadata = prolora.Lora.open(out).metadata
+    stated = "4" if not rank and format == "kohya" else stated
+    assert (metadata.get("ss_network_dim"), metadata.get("ss_network_alpha")) == (stated, stated)
+    assert not OF_THE_OLD_FILE & metadata.keys()
+    assert "99" not in metadata.get("lora_adapter_metadata", "")
+    assert not rank or metadata["ss_tag_frequency"] == KOHYA["ss_tag_frequency"]
 
 
-def test_provenance_replaces_that_of_an_earlier_transfer():
-    own = {key: value for key, value in moved().items() if key.startswith("prolora.")}
-    assert own == {"prolora.source": "old", "prolora.method": "prolora"}
-
-
-def test_metadata_is_made_for_a_lora_that_had_none():
-    metadata = rewrite_metadata({}, target_name="new", target_layout="ssd-1b", provenance={})
-    assert metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
-    assert metadata["ss_training_comment"] == "moved from another base model to new by prolora"
-
-
-@pytest.mark.parametrize(("rank", "text"), [(4, "4"), ([4, 2], "Dynamic")])
-def test_rank_and_alpha_in_the_header_are_those_of_the_new_file(tmp_path, rank, text):
-    adapter = adapter_of(LINEAR, rank, metadata=KOHYA)
-    adapters.write_adapter(adapter, tmp_path / "out")
-    metadata = adapters.read_adapter(tmp_path / "out").metadata
-    assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == (text, text)
-    assert metadata["ss_tag_frequency"] == KOHYA["ss_tag_frequency"]
-
-
-@pytest.mark.parametrize("format", ["kohya", "comfy", "diffusers", "peft"])
-@pytest.mark.parametrize("had_rank", [True, False])
-def test_a_rank_is_stated_in_kohya_files_and_where_there_was_one(tmp_path, format, had_rank):
-    """A1111 and managers show it; a header that had none gets one in the format that has it."""
-    metadata = {"ss_network_dim": "99"} if had_rank else {}
-    out = tmp_path / "out"
-    adapters.write_adapter(adapter_of(LINEAR, 4, metadata=metadata), out, format=format)
-    found = adapters.read_adapter(out).metadata
-    stated = "4" if had_rank or format == "kohya" else None
-    assert (found.get("ss_network_dim"), found.get("ss_network_alpha")) == (stated, stated)
-
-
-@pytest.mark.parametrize("format", ["kohya", "diffusers", "peft", "comfy"])
-def test_no_file_carries_a_hash_of_the_file_that_it_was_made_of(tmp_path, format):
-    adapters.write_adapter(adapter_of(LINEAR, metadata=KOHYA), tmp_path / "out", format=format)
-    metadata = adapters.read_adapter(tmp_path / "out").metadata
-    assert not {"sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256"} & metadata.keys()
-
-
-def test_a_stale_configuration_is_replaced(tmp_path):
-    stale = {"lora_adapter_metadata": json.dumps({"unet.r": 99, "unet.lora_alpha": 1})}
-    for rank in (4, [4, 2]):
-        adapter = adapter_of(LINEAR, rank, metadata=stale)
-        adapters.write_adapter(adapter, tmp_path / "out", format="diffusers", overwrite=True)
-        assert "99" not in adapters.read_adapter(tmp_path / "out").metadata.get(
-            "lora_adapter_metadata", ""
-        )
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_lokr_becomes_a_plain_lora_in_every_format_and_its_header_says_so(tmp_path, format):
+    stem = "lora_unet_mid_block_attentions_0_proj_in"
+    w1, w2 = torch.randn(3, 2), torch.randn(4, 5)
+    header = {"ss_network_module": "lycoris.kohya", "ss_network_args": '{"algo": "lokr"}'}
+    lora = prolora.Lora.open({f"{stem}.lokr_w1": w1, f"{stem}.lokr_w2": w2}, header)
+    out = tmp_path / ("out" if format == "peft" else "out.safetensors")
+    made = prolora.convert(lora, out=out, format=format, dtype="float32")
+    assert [row.reason for row in made.report.modules] == ["lokr"]
+    (update,) = prolora.convert(out).adapter.updates.values()
+    torch.testing.assert_close(update.dense(), torch.kron(w1, w2), rtol=1e-5, atol=1e-5)
+    metadata = prolora.Lora.open(out).metadata
+    assert metadata["ss_network_module"] == "networks.lora" and "ss_network_args" not in metadata
+    ends = {key.partition(".")[2] for key in prolora.Lora.open(out).tensors}
+    assert format != "kohya" or ends == {"lora_up.weight", "lora_down.weight", "alpha"}
 
 
 def test_ids_of_layouts_are_what_their_families_are_known_by():
@@ -132,15 +121,3 @@ def test_ids_of_layouts_are_what_their_families_are_known_by():
     assert known > 50
     assert all(find_ids(layout).architecture for layout in students)
     assert find_ids("other") == find_ids(None) == (None, None)
-
-
-def test_a_manager_finds_what_the_specification_requires():
-    metadata = moved()
-    assert metadata["modelspec.sai_model_spec"] == "1.0.1"
-    assert metadata["modelspec.title"] == "my cat"
-    for layout, kept in (("sd15", True), ("sdxl", False)):
-        given = KOHYA | {"modelspec.prediction_type": "v", "modelspec.date": "2024-01-01"}
-        result = rewrite_metadata(given, target_name="new", target_layout=layout, provenance={})
-        assert ("modelspec.prediction_type" in result) is kept
-        assert result["modelspec.date"] == "2024-01-01"
-    assert not [key for key in moved() if key == "modelspec.date"]  # same call, same bits

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lora_files import keymaps
 
-from prolora.adapters import Adapter, encode_state_dict
+from prolora import Adapter, LowRank
+from prolora.adapters import encode_state_dict
 from prolora.adapters.formats.groups import find_codec
 from prolora.adapters.keys.codec import ENCODER_PREFIXES, Codec
 from prolora.architectures.families import known_families
@@ -16,7 +17,6 @@ from prolora.architectures.family import SPELLINGS, UNET_KOHYA
 from prolora.architectures.identify import Model
 from prolora.architectures.layouts import load_layout
 from prolora.architectures.shared_names import find_unet_names
-from prolora.core.lowrank import LowRank
 from prolora.errors import UnsupportedFormat
 
 FAMILIES = known_families()

@@ -14,12 +14,12 @@ from loader_programs.diffusers import DIFFUSERS_PIPELINES
 from published_models import PUBLISHED
 from published_unets import UNETS
 
-from prolora.adapters import Adapter, encode_state_dict, read_adapter, write_adapter
+from prolora import Adapter, LowRank
+from prolora.adapters import encode_state_dict, read_adapter, write_adapter
 from prolora.architectures.families import known_families
 from prolora.architectures.identify import Model
 from prolora.architectures.layouts import load_layout
 from prolora.architectures.loaders import find_reach, name_row
-from prolora.core.lowrank import LowRank
 
 diffusers = pytest.importorskip("diffusers")
 from diffusers.configuration_utils import FrozenDict  # noqa: E402

@@ -11,11 +11,11 @@ import pytest
 import torch
 from diagonal import pair_up
 
-from prolora.adapters import Adapter, encode_state_dict, read_adapter
+from prolora import Adapter, LowRank
+from prolora.adapters import encode_state_dict, read_adapter
 from prolora.architectures.families import known_families
 from prolora.architectures.identify import Model
 from prolora.architectures.layouts import load_layout
-from prolora.core.lowrank import LowRank
 from prolora.errors import UnsupportedFormat
 
 FAMILIES = {id_: family for id_, family in known_families().items() if not family.unet}

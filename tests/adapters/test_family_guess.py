@@ -6,11 +6,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from prolora.adapters import Adapter, encode_state_dict, read_adapter
+from prolora import Adapter, LowRank, check
+from prolora.adapters import encode_state_dict, read_adapter
 from prolora.architectures.identify import Model, identify
 from prolora.architectures.layouts import load_layout
-from prolora.checking.check import check
-from prolora.core.lowrank import LowRank
 
 
 def write_lora(path, layout, family, format, keep):

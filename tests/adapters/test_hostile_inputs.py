@@ -3,15 +3,18 @@
 import json
 import os
 import time
+from collections import Counter
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
 from lora_files import LINEAR, adapter_of, factors, save
+from property_examples import examples
+from test_unknown_tensors import KINDS, STEMS
 
 import prolora
-from prolora.adapters import read_adapter, write_adapter
-from prolora.errors import ShapeMismatch, UnsupportedFormat
+from prolora.errors import ProLoRAError, ShapeMismatch, UnsupportedFormat
 from prolora.files.safetensors_file import SafetensorsFile
 
 STEM = "unet.mid_block.attentions.0.proj_in"
@@ -36,7 +39,7 @@ def test_a_number_beyond_floating_point_is_refused(
         {"lora_adapter_metadata": json.dumps(table)},
     )
     with pytest.raises(UnsupportedFormat, match="is a number of"):
-        read_adapter(path)
+        prolora.convert(path)
     assert prolora.check(path).reason
 
 
@@ -45,14 +48,14 @@ def test_a_path_that_the_system_does_not_take_is_refused(
 ) -> None:
     """A name that is too long, a folder without permission, a disk that fails."""
     with pytest.raises(UnsupportedFormat, match="use a shorter name"):
-        read_adapter(tmp_path / ("x" * 300))
+        prolora.convert(tmp_path / ("x" * 300))
 
     def fail(_: Path) -> bool:
         raise OSError(5, os.strerror(5))
 
     monkeypatch.setattr(Path, "is_file", fail)
     with pytest.raises(UnsupportedFormat, match="may be failing"):
-        read_adapter(tmp_path)
+        prolora.convert(tmp_path)
 
 
 @pytest.mark.parametrize("end", ["", ".lora_up.weight", ".weight"])
@@ -70,10 +73,10 @@ def test_a_name_of_200_000_line_breaks_is_refused_at_once(end: str, tmp_path: Pa
 def test_weights_and_configuration_of_two_adapters_are_no_result(tmp_path: Path) -> None:
     """What a run leaves that was killed between the two files, in versions before this."""
     for name, rank in (("a", 4), ("b", 2)):
-        write_adapter(adapter_of(LINEAR, rank=rank), tmp_path / name, format="peft")
+        prolora.convert(adapter_of(LINEAR, rank=rank), out=tmp_path / name, format="peft")
     (tmp_path / "a" / "adapter_config.json").replace(tmp_path / "b" / "adapter_config.json")
     with pytest.raises(ValueError, match="belongs to another file"):
-        read_adapter(tmp_path / "b")
+        prolora.convert(tmp_path / "b")
 
 
 @pytest.mark.parametrize(
@@ -86,7 +89,7 @@ def test_weights_and_configuration_of_two_adapters_are_no_result(tmp_path: Path)
 def test_files_of_other_kinds_are_named(key: str, kind: str, tmp_path: Path) -> None:
     path = save(tmp_path / "x.safetensors", {key: torch.ones(4, 2, 2)})
     with pytest.raises(UnsupportedFormat, match=kind):
-        read_adapter(path)
+        prolora.convert(path)
     assert kind in prolora.check(path).reason
 
 
@@ -95,4 +98,37 @@ def test_a_small_file_forms_no_weight_that_no_model_has() -> None:
     key = "lora_unet_mid_block_attentions_0_proj_in"
     halves = {f"{key}.lokr_w{i}": torch.ones(512, 512, dtype=torch.float16) for i in (1, 2)}
     with pytest.raises(ShapeMismatch, match="a larger weight than any model has"):
-        read_adapter(halves)
+        prolora.convert(halves)
+
+
+def write_damaged(path, number, damage):
+    """A file of one or two updates of any kinds, with one thing wrong with it."""
+    pick = Random(number)
+    tensors = {}
+    for stem in pick.sample(STEMS, k=pick.choice([1, 1, 2])):
+        for suffix, shape in pick.choice(KINDS).items():
+            tensors[f"{stem}.{suffix}"] = torch.randn(shape)
+    save(path, tensors, {"ss_base_model_version": pick.choice(["sdxl_base_v1-0", "flux1"])})
+    data, kind = path.read_bytes(), pick.choice(["cut", "flip", "edit", "edit"])
+    header = 8 + int.from_bytes(data[:8], "little")
+    path.write_bytes(damage[kind](data, pick, header if pick.random() < 0.5 else len(data))[0])
+
+
+def test_damaged_files_end_in_typed_errors_and_fast(tmp_path, monkeypatch):
+    """As the attacks at night damage them: cut, a bit turned over, a value that is another."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "attack"))
+    from damages import KINDS as DAMAGE
+
+    path, outcomes = tmp_path / "lora.safetensors", Counter()
+    for number in range(count := examples(800)):
+        write_damaged(path, number, DAMAGE)
+        began = time.perf_counter()
+        try:
+            json.dumps(prolora.check(path).to_dict())
+            prolora.convert(path)
+            outcomes["read"] += 1
+        except ProLoRAError as error:
+            assert len(str(error)) > 20, error
+            outcomes[type(error).__name__] += 1
+        assert time.perf_counter() - began < 10, number
+    assert outcomes["read"] > count / 20 and outcomes["UnsupportedFormat"] > count / 3, outcomes

@@ -14,7 +14,8 @@ from published_others import OTHERS
 from published_unets import UNETS
 from published_videos import VIDEOS
 
-from prolora.adapters import Adapter, encode_state_dict, write_adapter
+from prolora import Adapter
+from prolora.adapters import encode_state_dict, write_adapter
 from prolora.architectures.families import known_families
 from prolora.architectures.identify import Model
 

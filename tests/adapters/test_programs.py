@@ -1,6 +1,7 @@
 """Which programs read a file, and which format each wants."""
 
 import json
+import re
 from pathlib import Path
 from typing import get_args
 
@@ -9,14 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from prolora.adapters import Adapter, encode_state_dict, write_adapter
+import prolora
+from prolora import Adapter, LowRank
 from prolora.adapters.formats.programs import choose_format, find_readers
 from prolora.architectures.families import known_families
 from prolora.architectures.identify import Model
 from prolora.architectures.layouts import load_layout
 from prolora.architectures.loaders import find_reach, known_loaders, name_row
-from prolora.checking.check import check
-from prolora.core.lowrank import LowRank
 from prolora.errors import UnsupportedFormat
 from prolora.verbs.options import ProgramName
 
@@ -69,19 +69,19 @@ def test_no_program_is_said_to_read_more_keys_than_were_written():
 )
 def test_a_program_gets_the_spelling_it_reads(family, program, start):
     module = "layers.0.attention.to_q" if family == "z-image" else MODULE
-    keys = encode_state_dict(adapter_for(family, module=module), format=program)
+    keys = prolora.convert(adapter_for(family, module=module), format=program).state_dict()
     assert f"{start}.weight" in keys
 
 
 def test_a_program_that_reads_none_of_our_formats_is_named_with_those_that_do():
     with pytest.raises(UnsupportedFormat, match=r"SD.Next reads no LoRA for LongCat.*ComfyUI"):
-        encode_state_dict(adapter_for("longcat-image"), format="sdnext")
+        prolora.convert(adapter_for("longcat-image"), format="sdnext").state_dict()
 
 
 def test_a_program_that_was_not_tried_with_a_model_is_not_said_to_read_nothing():
     with pytest.raises(UnsupportedFormat, match=r"A1111 was not tried .*`format='comfy'`"):
-        encode_state_dict(adapter_for("qwen-image"), format="a1111")
-    assert encode_state_dict(adapter_for("qwen-image"), format="comfy")
+        prolora.convert(adapter_for("qwen-image"), format="a1111").state_dict()
+    assert prolora.convert(adapter_for("qwen-image"), format="comfy").state_dict()
 
 
 def test_where_all_models_that_names_fit_take_one_spelling_it_is_written():
@@ -92,7 +92,7 @@ def test_where_all_models_that_names_fit_take_one_spelling_it_is_written():
     updates = {n: LowRank(torch.ones(a, 1), torch.ones(1, b)) for n, (a, b) in shapes.items()}
     adapter = Adapter(updates, format="diffusers")
     assert len(adapter.model.names) > 1 and not adapter.model.families
-    keys = encode_state_dict(adapter, format="comfyui")
+    keys = prolora.convert(adapter, format="comfyui").state_dict()
     assert "diffusion_model.single_blocks.0.linear1.lora_A.weight" in keys
 
 
@@ -100,7 +100,7 @@ def test_where_all_models_that_names_fit_take_one_spelling_it_is_written():
 def test_what_is_written_for_a_program_is_read_by_it(family):
     """Every program that reads anything of a family gets a file of which it reads something."""
     one = known_families()[family]
-    usual = load_layout(one.layouts[0]).adapted
+    usual = [n for n in load_layout(one.layouts[0]).adapted if not re.search(r"\.[2-9]\d*\.", n)]
     for program in known_loaders():
         try:
             format, spelling = choose_format([family], program, usual)
@@ -119,11 +119,11 @@ def test_where_several_families_are_possible_only_what_all_share_counts():
 
 
 def test_a_check_says_who_reads_a_file_whole_and_who_not_at_all(tmp_path):
-    write_adapter(adapter_for("qwen-image"), tmp_path / "lora", format="kohya")
-    description = check(tmp_path / "lora")
+    prolora.convert(adapter_for("qwen-image"), out=tmp_path / "lora.safetensors", format="kohya")
+    description = prolora.check(tmp_path / "lora.safetensors")
     assert {"ComfyUI", "musubi-tuner", "diffusers"} <= set(description.readers.whole)
     assert {"DiffSynth-Studio", "LightX2V"} <= set(description.readers.none)
-    tensors = load_file(tmp_path / "lora")
+    tensors = load_file(tmp_path / "lora.safetensors")
     assert all(key.startswith("lora_unet_transformer_blocks_0") for key in tensors)
 
 
@@ -165,7 +165,7 @@ def test_a_program_that_stops_at_a_module_reads_nothing_of_a_file_with_it(
 
 def test_a_format_that_no_program_reads_is_replaced_by_what_most_read():
     """A LoRA that comes in ComfyUI's spelling of FLUX.1 and goes to Bria FIBO."""
-    keys = encode_state_dict(adapter_for("bria-fibo", format="comfy"))
+    keys = prolora.convert(adapter_for("bria-fibo", format="comfy")).state_dict()
     assert all(key.startswith("transformer.transformer_blocks.0") for key in keys)
 
 
