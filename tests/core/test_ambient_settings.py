@@ -187,16 +187,6 @@ def test_settings_that_contradict_each_other_are_pinned_and_put_back():
         torch.set_float32_matmul_precision(before[1])
 
 
-def test_what_somebody_sets_inside_stays():
-    before = torch.backends.cudnn.allow_tf32
-    try:
-        with precision.full_precision():
-            torch.backends.cudnn.allow_tf32 = True
-        assert torch.backends.cudnn.allow_tf32 is True
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
-
-
 def test_threads_of_the_caller_get_the_same_bits(expected):
     with ThreadPoolExecutor(4) as pool:
         for shape, found in pool.map(lambda s: (s, compute(s)), [*SHAPES, *SHAPES]):
@@ -254,44 +244,3 @@ def test_tensors_on_a_gpu_are_worked_on_in_turn_by_the_calling_thread(threads):
         assert (set(callers) == {threading.get_ident()}) == (threads == 1)
     finally:
         torch.set_num_threads(before)
-
-
-@pytest.mark.slow
-def test_compiled_by_torch_it_is_as_deaf_to_the_callers_settings():
-    source, target, delta, k = CASES["gram-f64"]
-    seen = []
-
-    def backend(graph, _):
-        def run(*tensors):
-            seen.append((torch.is_autocast_enabled("cpu"), torch.get_float32_matmul_precision()))
-            return graph(*tensors)
-
-        return run
-
-    def move(update):
-        return project(update, source, target, rank=k)
-
-    torch._dynamo.reset()
-    with torch.autocast("cpu", torch.bfloat16), float32_products("medium"):
-        found = torch.compile(move, backend=backend)(delta.dense())
-    torch._dynamo.reset()
-    assert set(seen) == {(False, "highest")}
-    torch.testing.assert_close(found, move(delta.dense()))
-
-
-def test_inside_autocast_is_off_and_products_keep_24_bits_and_outside_all_is_as_it_was(monkeypatch):
-    seen = []
-
-    def spy(matrix, **options):
-        seen.append((torch.is_autocast_enabled("cpu"), torch.get_float32_matmul_precision()))
-        return eigh(matrix, **options)
-
-    eigh = torch.linalg.eigh
-    monkeypatch.setattr(torch.linalg, "eigh", spy)
-    with float32_products("medium"), torch.autocast("cpu", torch.bfloat16):
-        for shape in ("gram-f32", "gram-f64"):
-            truncated_svd(CASES[shape][0], 8)
-        assert torch.is_autocast_enabled("cpu")
-        assert (torch.ones(4, 4) @ torch.ones(4, 4)).dtype == torch.bfloat16
-    # One of the rung in float64, and the window that the float32 rung refines in float64.
-    assert seen == [(False, "highest")] * len(seen) and len(seen) >= 2

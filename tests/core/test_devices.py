@@ -84,12 +84,6 @@ def test_subspaces_are_those_of_the_cpu(device, case):
         check_equal_subspaces(found, plain(truncated_svd, weight, rank))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn], ids=str)
-def test_weights_of_few_bits_are_taken_as_they_are(device, dtype):
-    weight = stack(2, 48, 64).to(dtype)
-    check_equal_subspaces(truncated_svd(weight.to(device), 12), plain(truncated_svd, weight, 12))
-
-
 @pytest.mark.parametrize("rank", [12, 0.9])
 def test_a_stack_of_several_chunks_is_the_stack_of_its_members(device, rank, monkeypatch):
     weight = stack(5, 48, 64)

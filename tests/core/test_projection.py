@@ -123,16 +123,6 @@ def test_a_stack_equals_its_members(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_inputs_are_untouched(method):
-    source, target, delta = case(10, 8, 3, seed=0)
-    copies = [x.clone() for x in (source, target, delta.up, delta.down)]
-    project(delta, source, target, rank=4, method=method)
-    project(delta.dense(), source, target, rank=4, method=method)
-    for before, after in zip(copies, (source, target, delta.up, delta.down), strict=True):
-        assert torch.equal(before, after)
-
-
-@pytest.mark.parametrize("method", METHODS)
 def test_every_method_is_a_contraction_and_the_account_adds_up(method):
     source, target, delta = case(20, 16, 4, seed=3)
     found, info = project(delta, source, target, rank=6, method=method, return_info=True)
@@ -279,13 +269,6 @@ def test_any_library_with_dlpack_gets_its_own_arrays_back(monkeypatch):
     found = project(ndarray(delta.dense()), ndarray(source), ndarray(target), rank=3)
     assert type(found) is ndarray
     torch.testing.assert_close(found.tensor, project(delta.dense(), source, target, rank=3))
-
-
-def test_an_array_without_data_is_refused_by_name():
-    """As jax traces one: it has `__dlpack__`, and nothing behind it."""
-    tracer = type("Tracer", (), {"__dlpack__": lambda self: None, "dtype": "float32"})
-    with pytest.raises(UnsupportedTensor, match="delta, Tracer of float32, cannot become"):
-        project(tracer(), torch.ones(3, 4), torch.ones(3, 4), rank=1)
 
 
 def test_a_zero_update_stays_zero_and_its_account_is_finite():

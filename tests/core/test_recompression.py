@@ -8,7 +8,6 @@ from prolora.core import recompression
 from prolora.core.recompression import (
     ProductSvd,
     core_svd,
-    factor_product,
     factor_product_by_grams,
     merge_products,
     product_energies,
@@ -67,11 +66,6 @@ def test_a_rank_beyond_the_width_of_a_layer_is_cut_to_it(m, n):
     back = found.left.mT @ found.u * found.s.unsqueeze(-2) @ (found.right.mT @ found.v).mT
     assert found.s.shape[-1] == min(m, n, 6)
     assert torch.allclose(back, up.double().mT @ down.double(), atol=1e-5)
-
-
-def test_it_agrees_with_the_way_without_inner_products():
-    up, down = panels([5.0, 50.0], torch.float32)
-    assert torch.allclose(of_grams(up, down).s.float(), factor_product(up.mT, down).s, rtol=1e-5)
 
 
 def test_parts_that_are_orthogonal_merge_in_descending_order():

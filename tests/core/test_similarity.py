@@ -46,25 +46,9 @@ def test_whole_spaces_say_nothing_and_the_above_chance_value_admits_it():
     assert math.isnan(found.above_left)
 
 
-def test_equal_weights_score_one():
-    weight = weights(30, 20, 0)
-    found = similarity(weight, weight, rank=0.8)
-    assert found.left == pytest.approx(1) and found.above_right == pytest.approx(1)
-
-
 def test_other_shapes_are_refused():
     with pytest.raises(ShapeMismatch, match="differ"):
         similarity(torch.randn(4, 5), torch.randn(5, 4), rank=2)
-
-
-@pytest.mark.parametrize("angle", [1e-12, 1e-8, 1e-4, 0.1, 0.8, 1.2, math.pi / 2])
-def test_planted_angles_are_found_however_small(angle):
-    q = orthonormal(30, 4, torch.Generator().manual_seed(0))
-    x = q[:, :2]
-    y = torch.stack([math.cos(angle) * q[:, 0] + math.sin(angle) * q[:, 2], q[:, 1]], 1)
-    found = principal_angles(x, y)
-    assert found[0] == pytest.approx(0, abs=1e-14)
-    assert found[1] == pytest.approx(angle, rel=1e-3, abs=1e-15)
 
 
 def test_angles_of_nan_are_refused_by_name():
@@ -87,13 +71,6 @@ def test_bases_need_not_be_orthonormal_and_numpy_stays_numpy():
     assert np.abs(found).max() < 1e-14
 
 
-def test_stacks_of_subspaces():
-    x, y = torch.randn(3, 10, 2), torch.randn(3, 10, 4)
-    found = principal_angles(x, y)
-    assert found.shape == (3, 2)
-    torch.testing.assert_close(found[1], principal_angles(x[1], y[1]))
-
-
 def test_planted_angles_from_1e_7_to_a_right_angle_are_found():
     planted = torch.tensor([1e-7, 1e-6, 1e-4, 1e-3, 0.03, 0.5, 1.0, 1.5], dtype=torch.float64)
     frame = torch.linalg.qr(torch.randn(60, 16, dtype=torch.float64))[0]
@@ -110,9 +87,12 @@ def test_planted_angles_from_1e_7_to_a_right_angle_are_found():
 
 
 @pytest.mark.parametrize(
-    "columns", [(10, 10), (10, 25), (25, 10), (40, 40), (40, 45), (60, 7), (9, 64)]
+    ("columns", "bits"),
+    [
+        *(((10, 10), 64), ((10, 25), 32), ((25, 10), 16), ((40, 40), 32), ((40, 45), 64)),
+        *(((60, 7), 16), ((9, 64), 64)),
+    ],
 )
-@pytest.mark.parametrize("bits", [64, 32, 16])
 def test_quantiles_are_those_of_all_angles_for_every_share_of_the_space(columns, bits):
     """In less than half of the space and in more; as computed, and as kept in 16 bits."""
     generator = torch.Generator().manual_seed(sum(columns))

@@ -10,8 +10,7 @@ from spectra import related, weights
 
 import prolora
 from prolora import LowRank, ProLoRAError, principal_angles, project, similarity, truncated_svd
-from prolora.comparison.block_matching import match_blocks, resolve_match
-from prolora.core.validation import check_device, check_operand, resolve_device
+from prolora.core.validation import check_device, check_operand
 from prolora.errors import SolverFailure, UnsupportedDevice, UnsupportedTensor
 from prolora.making.extract_options import ExtractOptions
 from prolora.verbs.option_keywords import resolve_options
@@ -49,13 +48,6 @@ def test_numpy_arrays_of_any_layout_give_what_plain_ones_give(kind):
     np.testing.assert_allclose(principal_angles(*odd[:2]), principal_angles(*plain[:2]), atol=1e-12)
     for array, copy in zip(odd, before, strict=True):
         np.testing.assert_array_equal(array, copy)
-
-
-@pytest.mark.parametrize("dtype", [object, np.longdouble, "U3"])
-def test_an_array_that_torch_cannot_hold_is_refused_by_name(dtype):
-    delta, source, _ = case()
-    with pytest.raises(UnsupportedTensor, match="W_tgt"):
-        project(delta, source, source.numpy().astype(dtype), rank=3)
 
 
 # --- Tensors of a kind that cannot be computed with.
@@ -130,7 +122,7 @@ def test_no_function_that_looks_at_numbers_runs_under_vmap():
 # --- Numbers of numpy.
 
 
-@pytest.mark.parametrize("rank", [np.int64(3), np.uint8(3), np.float64(0.5), np.float32(0.5)])
+@pytest.mark.parametrize("rank", [np.uint8(3), np.float32(0.5)])
 def test_a_number_of_numpy_is_a_rank(rank):
     delta, source, target = case()
     plain = rank.item()
@@ -140,12 +132,6 @@ def test_a_number_of_numpy_is_a_rank(rank):
     assert torch.equal(truncated_svd(source, rank).U, truncated_svd(source, plain).U)
     found, wanted = (similarity(source, target, rank=r).left for r in (rank, plain))
     assert torch.equal(found, wanted)
-
-
-@pytest.mark.parametrize("rank", [np.int64(0), np.float32(1.5), np.bool_(True), np.float64("nan")])
-def test_a_number_of_numpy_that_is_no_rank_is_refused(rank):
-    with pytest.raises(ValueError, match="rank must be"):
-        truncated_svd(torch.eye(4), rank)
 
 
 # --- Solvers.
@@ -191,10 +177,6 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
         check_device("cuda:1")
 
 
-def test_no_device_means_the_cpu():
-    assert check_device(None) == check_device("cpu") == torch.device("cpu")
-
-
 def test_a_tensor_on_a_device_of_another_kind_is_refused_by_name(monkeypatch):
     def refuse(device):
         raise RuntimeError("device mps has no float64")
@@ -223,28 +205,6 @@ def test_a_job_computes_on_a_gpu_where_there_is_one(kind, one_card, monkeypatch)
     assert resolve_options(kind(), {}, here=False).device is None
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert resolve_options(kind(), {}).device == "cpu"
-
-
-def test_what_reads_bases_computes_on_a_gpu_where_there_is_one(one_card, monkeypatch):
-    seen = []
-
-    def note(*args):
-        seen.append(args[-1])
-        raise KeyboardInterrupt
-
-    base = prolora.open_base(
-        {f"transformer_blocks.0.attn1.to_{x}.weight": torch.eye(8) for x in "qkv"}
-    )
-    monkeypatch.setattr("prolora.comparison.block_matching._find_room", note)
-    calls = (
-        lambda **how: match_blocks(base, base, **how),
-        lambda **how: resolve_match("similarity", base, base, **how),
-    )
-    for call in calls:
-        for how in ({}, {"device": "cpu"}):
-            with pytest.raises(KeyboardInterrupt):
-                call(**how)
-    assert seen == ["cuda", "cpu"] * len(calls)
 
 
 def test_a_device_is_refused_before_anything_is_read(tmp_path):
@@ -296,19 +256,6 @@ def test_second_derivatives_are_right():
     assert torch.autograd.gradgradcheck(
         lambda u: project((u, down), *bases).dense().square().sum(), (up,)
     )
-
-
-@pytest.mark.parametrize("which", [0, 1])
-def test_a_derivative_by_a_weight_is_refused_instead_of_zero(which):
-    delta, *bases = case()
-
-    def by_weight(weight, **options):
-        pair = [weight if i == which else w for i, w in enumerate(bases)]
-        return project(delta, *pair, **options)
-
-    tangent = (torch.ones_like(bases[which]),)
-    with pytest.raises(NotImplementedError, match="forward-mode"):
-        torch.func.jvp(lambda w: by_weight(w, rank=3), (bases[which],), tangent)
 
 
 @pytest.mark.parametrize("which", [0, 1])
@@ -369,11 +316,3 @@ def test_the_derivative_of_what_has_none_is_refused_instead_of_zero():
     ):
         with pytest.raises(NotImplementedError, match="forward-mode"):
             torch.func.jvp(function, (source,), (delta,))
-
-
-@pytest.mark.parametrize("gpu, device", [(False, "cpu"), (True, "cuda")])
-def test_the_device_auto_is_a_gpu_where_there_is_one(monkeypatch, gpu, device):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: int(gpu))
-    assert resolve_device("auto") == device
-    assert resolve_device(None) == device

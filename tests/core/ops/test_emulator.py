@@ -6,16 +6,12 @@ import pytest
 import torch
 
 
-def test_barrier(emulator):
+def test_a_barrier_orders_threads_and_a_missing_one_shows(emulator):
     assert emulator.reverse(256, True) == list(range(255, -1, -1))
-
-
-def test_missing_barrier_is_visible(emulator):
     assert any(math.isnan(x) for x in emulator.reverse(256, False))
-
-
-def test_shared_memory_starts_as_nan_in_every_block(emulator):
-    assert all(math.isnan(x) for x in emulator.stale_shared(8))
+    assert all(math.isnan(x) for x in emulator.stale_shared(8))  # in every block anew
+    assert emulator.count(70) == [35] * 70
+    assert emulator.early_exit(64) == [0] * 32 + [1] * 32  # who leaves early holds up nobody
 
 
 def test_masked_shuffle(emulator):
@@ -29,31 +25,14 @@ def test_ballot_counts_only_lanes_in_the_mask(emulator):
     assert emulator.ballot(8, 0xFFFFFFFF) == [0b10101010] * 8
 
 
-def test_counting_barrier_gives_every_thread_the_count(emulator):
-    assert emulator.count(70) == [35] * 70
-
-
-def test_indices(emulator):
+@pytest.mark.parametrize(
+    ("kernel", "reason"),
+    [("divergent", "deadlock"), ("stray_read", "takes no part"), ("outsider", "not in the mask")],
+)
+def test_threads_that_wait_or_read_wrongly_are_reported(emulator, kernel, reason):
     assert emulator.numbers() == list(range(2 * 3 * 4 * 5 * 6 * 7))
-
-
-def test_divergence_is_reported(emulator):
-    with pytest.raises(RuntimeError, match="deadlock"):
-        emulator.divergent()
-
-
-def test_reading_an_absent_lane_is_reported(emulator):
-    with pytest.raises(RuntimeError, match="takes no part"):
-        emulator.stray_read()
-
-
-def test_a_lane_outside_its_own_mask_is_reported(emulator):
-    with pytest.raises(RuntimeError, match="not in the mask"):
-        emulator.outsider()
-
-
-def test_a_thread_that_leaves_early_does_not_hold_up_a_barrier(emulator):
-    assert emulator.early_exit(64) == [0] * 32 + [1] * 32
+    with pytest.raises(RuntimeError, match=reason):
+        getattr(emulator, kernel)()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """krylov_block against its definition in float64, on every backend, and inside of truncated_svd."""
 
-import itertools
 import random as choices
 from dataclasses import replace
 
@@ -106,21 +105,6 @@ def test_a_block_is_what_float64_gives_to_rounding(kernels, shape, kind):
     assert_block(w, rows, size, width, found)
 
 
-@pytest.mark.parametrize("capability", ["75", "80", "86", "120"])
-@pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
-@pytest.mark.parametrize("dtype", [HALF, BFLOAT], ids=str)
-def test_cards_with_and_without_fast_tensor_cores(monkeypatch, capability, dtype, transposed):
-    extension = load("emulated", "_emulated")
-    monkeypatch.setenv("EMU_CAPABILITY", capability)
-    w = weights(2, 70, 101, dtype, transposed)
-    assert_block(w, *case_of(w, 33, 11, 50), run(extension, w, 33, 11, 50))
-
-
-def case_of(w, size, width, room):
-    """What `assert_block` asks for beside the weights."""
-    return basis(len(w), w.shape[1], size, room)[0], size, width
-
-
 def run(extension, w, size, width, room, seed=1):
     rows, projected = basis(len(w), w.shape[1], size, room, seed)
     length = run_krylov_block(extension, w, rows, projected, size, width, cuda=True)
@@ -138,18 +122,6 @@ def test_neither_the_order_of_threads_nor_a_second_run_changes_a_bit(monkeypatch
             assert torch.equal(one.nan_to_num(7.0), two.nan_to_num(7.0))
 
 
-def test_products_are_cut_into_parts_where_a_gpu_would_be_idle(monkeypatch):
-    """Another GPU, other parts: equal to rounding, and the same parts the same bits."""
-    extension = load("emulated", "_emulated")
-    w, found, parts = weights(1, 72, 1100, HALF, False), [], []
-    for processors in ("1", "132"):
-        monkeypatch.setenv("EMU_PROCESSORS", processors)
-        parts.append(extension.krylov_block_scratch(1, 72, 1100, 32, 16, True))
-        found.append(run(extension, w, 32, 16, 64))
-        assert_block(w, *case_of(w, 32, 16, 64), found[-1])
-    assert parts[0] < parts[1] and not torch.equal(found[0][0], found[1][0])
-
-
 def test_a_direction_that_adds_nothing_is_a_zero_row(kernels):
     """Weights of rank 5: behind the fifth row of the basis G gives nothing but rounding."""
     w = (random(2, 60, 5) @ random(2, 5, 70, seed=3) / 8).to(HALF)
@@ -163,7 +135,7 @@ def test_a_direction_that_adds_nothing_is_a_zero_row(kernels):
     assert (rows[0, 8:16][~kept] == 0).all() and rows[:, :16].isfinite().all()
 
 
-@pytest.mark.parametrize("tilt", [1e-3, 1e-5, 3e-6])
+@pytest.mark.parametrize("tilt", [1e-3, 3e-6])
 def test_rows_of_a_block_with_fewer_directions_than_rows_lean_on_nothing(kernels, tilt):
     """Little more is left of them than the rounding of what was taken out."""
     d, size, width = 64, 24, 8
@@ -309,26 +281,6 @@ def test_a_cpu_or_a_card_without_the_kernels_multiplies_its_float32_copy():
         assert not krylov._takes_stored(single, single[:, 0, 0].double(), 8, 0, there)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("capability", ["90", "86"])
-def test_a_whole_truncated_svd_through_the_emulated_kernels(asked, monkeypatch, capability):
-    extension = load("emulated", "_emulated")
-    monkeypatch.setenv("EMU_CAPABILITY", capability)
-    calls = itertools.count()
-
-    def emulate(w, rows, projected, size, width):
-        next(calls)
-        return run_krylov_block(extension, w, rows, projected, size, width, cuda=True)
-
-    monkeypatch.setitem(
-        native.OPS, "krylov_block", replace(native.OPS["krylov_block"], twin=emulate)
-    )
-    w = stack_of_16_bits(768, 776)
-    basis = truncated_svd(w, 32)
-    assert basis.rungs == ("krylov",) * 2 and basis.ok.all() and next(calls) > 8
-    check_bases(w, basis)
-
-
 def test_what_the_op_does_not_take_is_refused_by_name():
     w = weights(2, 40, 48, HALF, False)
     wide = weights(1, 80, 80, HALF, False)
@@ -393,9 +345,3 @@ def test_a_length_is_told_at_every_scale(kernels, exponent):
     length, _, _ = kernels.krylov_block(w, rows, torch.zeros(1, 8, 8), 4, 4)
     wanted = exact_block(w, rows[:, :4], 4, 4)[2]
     torch.testing.assert_close(length, wanted, rtol=1e-5, atol=0)
-
-
-def test_the_extension_refuses_float64():
-    extension = load("cpu", "_C")
-    with pytest.raises(RuntimeError, match="not in this precision"):
-        extension.run("krylov_block", [0] * 19, True, False, 0)

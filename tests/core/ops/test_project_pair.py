@@ -114,20 +114,6 @@ def test_the_depth_is_cut_so_that_a_gpu_is_full(tiles, depth, blocks, parts):
     assert load("cpu", "_C").depth_parts(tiles, depth, blocks) == parts
 
 
-def test_float32_goes_through_tensor_cores_where_they_are_many_times_as_fast():
-    pays = load("cpu", "_C").tensor_cores_pay
-    assert all(pays(*capability) for capability in ((8, 0), (9, 0), (10, 0), (10, 3)))
-    assert not any(pays(*capability) for capability in ((7, 5), (8, 6), (8, 9), (12, 0)))
-
-
-def test_results_repeat_bit_by_bit(kernels):
-    given = problem((2, 150, 20, 30, 33), torch.float32)
-    for first, again in zip(
-        kernels.project_pair(*given), kernels.project_pair(*given), strict=True
-    ):
-        assert torch.equal(first, again)
-
-
 @given(
     shape=st.tuples(*[st.integers(1, n) for n in (3, 60, 50, 50, 20)]),
     dtype=st.sampled_from(DTYPES),

