@@ -164,18 +164,6 @@ def test_a_module_that_the_network_lacks_is_refused_by_name(tmp_path):
         transfer(lora, fill(shapes), fill(shapes, seed=1), method="copy")
 
 
-def test_updates_of_no_module_stay_behind_by_name(tmp_path):
-    """One of a module in no list, beside many that move."""
-    shapes = lay_out()
-    wanted = {n: s for n, s in shapes.items() if n.endswith("qkv")}
-    lora = write_lora(tmp_path / "lora.safetensors", wanted | {"foo.bar": (8, 8)}, "peft")
-    source = fill(shapes)
-    target = {key: value + 0.01 * torch.randn(value.shape) for key, value in source.items()}
-    moved = transfer(lora, source, target, method="copy")
-    assert set(moved.adapter.updates) == set(wanted)
-    assert moved.report.unread == ("base_model.model.foo.bar",)
-
-
 def test_the_numbers_of_sd_are_still_turned_into_diffusers_names():
     """A UNet with transformers is no ADM network, whatever else it has."""
     base = open_base(

@@ -1,7 +1,6 @@
 """A base of any family is accepted under its own names, and what is no diffusion model is not."""
 
 import pytest
-import torch
 from checkpoints import sparse_file, sparse_gguf
 
 from prolora import open_base
@@ -130,7 +129,3 @@ def test_a_language_model_with_layers_for_the_time_step_is_a_diffusion_model(tmp
     stored = lay_out("layers", 2, LLAMA, embed_tokens__weight=0, t_embedder__mlp__0__weight=0)
     base = open_base(sparse_file(tmp_path / "x.safetensors", stored))
     assert len(base.shapes) == 2 * len(LLAMA) + 2
-
-
-def test_names_in_memory_are_taken_on_trust():
-    assert open_base({"a.weight": torch.ones(2, 2)}).shapes == {"a": (2, 2)}

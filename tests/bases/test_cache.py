@@ -1,7 +1,6 @@
 """The basis cache: the same bases, sooner; and never a wrong one."""
 
 import os
-import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -82,22 +81,6 @@ def test_a_cache_changes_no_bit_of_a_basis(stack, tmp_path, rank, dtype):
     same(compute(tmp_path, stack.to(dtype), rank), plain)
 
 
-def test_only_what_is_missing_is_computed(stack, tmp_path):
-    base = prolora.open_base(write_stack(tmp_path, stack))
-    BasisCache(tmp_path).of(base, list(base.shapes)[:3], 5)
-    cache = BasisCache(tmp_path)
-    same(compute(cache, stack, 5), prolora.truncated_svd(stack, 5))
-    assert (cache.hits, cache.misses) == (3, 1)
-
-
-def test_another_rank_dtype_or_value_is_another_basis(stack, tmp_path):
-    compute(tmp_path, stack, 5)
-    for weights_, rank in ((stack, 6), (stack.float(), 5), (stack * 2, 5), (stack.mT, 5)):
-        cache = BasisCache(tmp_path)
-        compute(cache, weights_, rank)
-        assert cache.hits == 0
-
-
 def damage(path, how):
     content = bytearray(path.read_bytes())
     if how == "flipped bit":
@@ -146,16 +129,6 @@ def test_pieces_that_changed_places_show(stack, tmp_path, size, caplog):
     assert cache.misses == 4 and caplog.text.count("not what was written") == 4
 
 
-def test_a_file_that_is_cut_off_once_it_was_read_does_no_harm(stack, tmp_path):
-    """Mapped memory would end the process here, by SIGBUS."""
-    compute(tmp_path, stack.repeat(1, 6, 6), 50)
-    path = files_of(tmp_path)[0]
-    held = basis_file.read_basis(path)[0].U
-    wanted = held.clone()
-    os.truncate(path, 100)
-    assert torch.equal(held, wanted)
-
-
 @pytest.mark.parametrize("name", ["U", "V", "S"])
 def test_a_file_whose_tensors_do_not_fit_together_is_made_again(stack, tmp_path, name, caplog):
     """Whole and with right checksums, but not written by us."""
@@ -166,13 +139,6 @@ def test_a_file_whose_tensors_do_not_fit_together_is_made_again(stack, tmp_path,
     basis_file.write_basis(path, short, held)
     same(compute(tmp_path, stack[:1], 5), wanted)
     assert "do not fit together" in caplog.text
-
-
-def test_the_file_of_another_weight_is_not_believed(stack, tmp_path):
-    wanted = compute(tmp_path, stack[:2], 5)
-    one, two = files_of(tmp_path)
-    two.write_bytes(one.read_bytes())
-    same(compute(tmp_path, stack[:2], 5), wanted)
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
@@ -307,25 +273,6 @@ def test_the_default_folder_is_the_platform_s_unless_the_environment_names_one(m
     assert default_folder() == Path("/mine")
 
 
-def test_a_transfer_opens_its_cache_once(tmp_path, monkeypatch):
-    lora, source, target = write_case(tmp_path)
-    opened, real = [], BasisCache.__init__
-
-    def count(self, folder):
-        if folder is not None:
-            opened.append(folder)
-        real(self, folder)
-
-    monkeypatch.setattr(BasisCache, "__init__", count)
-    out = tmp_path / "out.safetensors"
-    options = {"cache": tmp_path / "cache", "match": "similarity", "method": "prolora"}
-    prolora.transfer(lora, source, target, out=out, **options)
-    assert opened == [tmp_path / "cache"]
-    opened.clear()
-    prolora.transfer_many([lora], source, target, tmp_path / "moved", **options)
-    assert opened == [tmp_path / "cache"]
-
-
 def test_matching_with_a_warm_cache_reads_no_weight(tmp_path, monkeypatch):
     _, source, target = write_case(tmp_path)
     bases = [prolora.open_base(path) for path in (source, target)]
@@ -368,45 +315,11 @@ def test_bases_in_memory_never_share_a_name_though_the_first_are_gone():
     assert len(places) == 30
 
 
-def test_a_table_that_is_not_there_costs_no_look_through_its_folder(tmp_path, monkeypatch):
-    """A migration of 10,000 LoRAs begins 20,000 of them in one folder."""
-    monkeypatch.setattr("prolora.errors.describe_missing", None)
-    assert JsonTable(tmp_path / "table").get("key") is None
-
-
-def test_a_damaged_table_costs_only_time(tmp_path, caplog):
-    table = JsonTable(tmp_path / "table")
-    table.put("key", 1)
-    table.save()
-    assert JsonTable(tmp_path / "table").get("key") == 1
-    content = bytearray((tmp_path / "table").read_bytes())
-    content[-3] ^= 1
-    (tmp_path / "table").write_bytes(content)
-    assert JsonTable(tmp_path / "table").get("key") is None and "made again" in caplog.text
-
-
 def test_a_table_that_is_a_pipe_or_a_device_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "endless").symlink_to("/dev/zero")
     for name in ("pipe", "endless", "missing"):
         assert JsonTable(tmp_path / name).get("key") is None
-
-
-def test_a_file_that_is_replaced_while_it_is_read_is_read_again(stack, tmp_path, monkeypatch):
-    compute(tmp_path, stack, 5)
-    path = files_of(tmp_path)[0]
-    wanted, read_all = basis_file.read_basis(path), basis_file.SafetensorsFile.read_all
-
-    def replaced(file):
-        monkeypatch.undo()
-        again = path.with_suffix(".again")
-        again.write_bytes(path.read_bytes())
-        os.replace(again, path)
-        return read_all(file)
-
-    monkeypatch.setattr(basis_file.SafetensorsFile, "read_all", replaced)
-    found = basis_file.read_basis(path)
-    assert torch.equal(found[0].U, wanted[0].U)
 
 
 def test_a_basis_of_another_shape_under_the_right_name_is_not_believed(stack, tmp_path, caplog):
@@ -418,29 +331,6 @@ def test_a_basis_of_another_shape_under_the_right_name_is_not_believed(stack, tm
     cache = BasisCache(tmp_path)
     same(compute(cache, stack[:1], 5), wanted)
     assert cache.misses == 1 and "made again" in caplog.text
-
-
-def test_a_process_killed_while_it_writes_leaves_nothing_that_is_read(tmp_path, many):
-    model = write_stack(tmp_path, many)
-    slow = """
-import time, prolora.bases.cache.basis_file as b
-real = b.dump_safetensors
-def dump(path, tensors, header):
-    real(path, tensors, header)
-    with open(path, "r+b") as file:
-        file.truncate(200)  # as it is halfway
-    print("writing", flush=True)
-    time.sleep(60)
-b.dump_safetensors = dump
-"""
-    process = child(slow + FILL, tmp_path, model)
-    assert process.stdout.readline() == "writing\n"
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert len(list(tmp_path.rglob("*.tmp"))) == 1 and not files_of(tmp_path)
-    cache = BasisCache(tmp_path)
-    same(compute(cache, many, 5), compute(tmp_path / "other", many, 5))
-    assert cache.misses == 12
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no limits on the size of files")

@@ -45,12 +45,6 @@ def test_a_pipeline_of_two_transformers_has_two_experts(tmp_path):
     assert prolora.open_experts(found) is found
 
 
-def test_the_folders_of_the_authors_are_known_too(tmp_path):
-    for name, seed in (("high_noise_model", 1), ("low_noise_model", 2)):
-        write_file(tmp_path / name / "diffusion_pytorch_model.safetensors", expert(seed))
-    assert list(prolora.open_experts(tmp_path)) == [HIGH, LOW]
-
-
 def test_it_is_no_single_base_and_each_part_is_one(tmp_path):
     folder = write_pipeline(tmp_path / "wan22")
     with pytest.raises(UnsupportedFormat, match=r"has two experts, .*transformer for high noise"):

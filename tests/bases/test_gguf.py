@@ -1,6 +1,5 @@
 """GGUF bases: what is read, what is refused, and what a damaged header can do."""
 
-import random
 import struct
 import sys
 import time
@@ -11,7 +10,7 @@ import torch
 from checkpoints import gguf_header, gguf_string
 
 from prolora import open_base
-from prolora.errors import ProLoRAError, UnsupportedFormat
+from prolora.errors import UnsupportedFormat
 from prolora.files import gguf_file
 from prolora.files.gguf_file import GgufFile
 from prolora.files.safetensors_file import SafetensorsFile
@@ -152,35 +151,12 @@ def test_a_file_changed_while_open_is_noticed(tmp_path):
         base.read(MODULE)
 
 
-def test_damaged_bytes_give_a_base_or_a_typed_error(tmp_path):
-    """1,500 mutations of a small file, mostly in its header."""
-    path = write(tmp_path / "x.gguf", {Q: values(32, 32), Q + "2": values(4, 32)})
-    good = path.read_bytes()
-    end = good.index(b"to_q.weight2") + 60
-    rng = random.Random(0)
-    refused = 0
-    for _ in range(1500):
-        content = bytearray(good)
-        for _ in range(rng.randint(1, 4)):
-            content[rng.randrange(4, end)] = rng.choice((0, 1, 255, rng.randrange(256)))
-        path.write_bytes(content[: rng.randrange(len(content))] if rng.random() < 0.1 else content)
-        try:
-            file = GgufFile(path)
-            for name in file.tensors:
-                file.read(name)
-        except ProLoRAError:
-            refused += 1
-    assert 500 < refused < 1500
-
-
 def test_a_header_of_empty_texts_is_refused_in_a_moment(tmp_path):
-    """Seven million of them take 56 MB, and nothing else limits them."""
-    path, lists = tmp_path / "empty.gguf", []
-    for i in range(7):
-        key = f"list{i}".encode()
-        head = struct.pack("<Q", len(key)) + key + struct.pack("<IIQ", 9, 8, 1_000_000)
-        lists.append(head + bytes(8 * 1_000_000))
-    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, len(lists)) + b"".join(lists))
+    """Two million of them take 16 MB, and nothing else limits them."""
+    path, key = tmp_path / "empty.gguf", b"list"
+    texts = struct.pack("<Q", len(key)) + key + struct.pack("<IIQ", 9, 8, 1_000_000)
+    whole = b"".join(texts.replace(key, b"lis%d" % i) + bytes(8 * 1_000_000) for i in range(2))
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 2) + whole)
     started = time.process_time()
     with pytest.raises(UnsupportedFormat, match="more texts than any real one"):
         open_base(path)

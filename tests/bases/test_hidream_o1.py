@@ -2,8 +2,8 @@
 
 from checkpoints import sparse_file
 
+from prolora import open_base
 from prolora.architectures.layouts import load_layout
-from prolora.bases import open_base
 
 SHAPES = dict(load_layout("hidream-o1").shapes)
 UNUSED = "visual.deepstack_merger_list."

@@ -5,6 +5,7 @@ import random
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from checkpoints import sparse_file, sparse_shards
@@ -33,11 +34,6 @@ SEEDS = [
     {"joint_blocks.0.x_block.attn.qkv.weight": (12, 4), "x_embedder.proj.weight": (4, 2, 2, 2)},
     {"blocks.0.cross_attn.kv_linear.weight": (8, 4), "blocks.0.scale_shift_table": (6, 4)},
 ]
-SAME_SIZE = {
-    "F16": ("F16", "F16", "BF16", "I16", "U16"),
-    "F32": ("F32", "F32", "I32", "U32"),
-    "F8_E4M3": ("F8_E4M3", "F8_E4M3", "F8_E5M2", "U8", "I8", "BOOL"),
-}
 
 
 def seed_file(path, number):
@@ -57,104 +53,27 @@ def seed_file(path, number):
     )
 
 
-def mutate(content, rng):
-    """Damage of the kinds that files meet and that people think of."""
-    size = int.from_bytes(content[:8], "little")
-    header, data = content[8 : 8 + size], content[8 + size :]
-    kind = rng.choice((0, 1, 2, 3, 4, 4, 4, 5, 6, 6, 6, 6))  # most of 0 … 3 fail early
-    if kind == 0:  # bytes
-        changed = bytearray(header)
-        for _ in range(rng.randint(1, 4)):
-            changed[rng.randrange(len(changed))] = rng.randrange(256)
-        header = bytes(changed)
-    elif kind == 1:  # a piece cut out, or put in twice
-        a, b = sorted(rng.randrange(len(header)) for _ in range(2))
-        header = header[:a] + (header[a:b] * rng.choice((0, 2))) + header[b:]
-    elif kind == 2:  # numbers
-        words = header.split(b",")
-        i = rng.randrange(len(words))
-        number = str(rng.choice((0, -1, 1, 2**31, 2**48, 2**63, 10**30, 1e300))).encode()
-        words[i] = b"".join(number if c in b"0123456789" else bytes([c]) for c in words[i])
-        header = b",".join(words)
-    elif kind == 3:  # what JSON allows
-        table = json.loads(header)
-        name = rng.choice(list(table))
-        table[name] = rng.choice((None, [], {}, 1, "x", {"dtype": "F16"}, [[[[]]]], table))
-        header = (
-            json.dumps(table, default=str, check_circular=False).encode()
-            if (table[name] is not table)
-            else b"[" * 5000
-        )
-    elif kind == 4:  # another name for a tensor
-        table = json.loads(header)
-        name = rng.choice(list(table))
-        other = rng.choice(
-            (
-                "",
-                "weight",
-                ".weight",
-                f"{Q}.weight",
-                "double_blocks.0.img_attn.qkv.weight",
-                "\ud800",
-                "a" * 5000,
-                "../../x.weight",
-                "transformer_blocks.99999999.attn.to_q.weight",
-                "input_blocks.999.1.proj_in.weight",
-                "x.scale_weight",
-                "scaled_fp8",
-                "x.comfy_quant",
-            )
-        )
-        table[other] = table.pop(name)
-        header = json.dumps(table).encode()
-    elif kind == 6:  # a shape or a dtype that takes as many bytes
-        table = json.loads(header)
-        for name in rng.sample(list(table), rng.randint(1, len(table))):
-            item = table[name]
-            count = 1
-            for size_ in item["shape"]:
-                count *= size_
-            pairs = [[d, count // d] for d in range(1, 200) if count % d == 0]
-            item["shape"] = rng.choice([item["shape"], *pairs, [count], [1, 1, *pairs[-1]]])
-            item["dtype"] = rng.choice(SAME_SIZE[item["dtype"]])
-        header = json.dumps(table).encode()
-    length = len(header)
-    if kind == 5:  # the length in front
-        length = rng.choice((0, 1, 7, max(size, 1) - 1, size + 1, 2**31, 2**62, 2**64 - 1))
-    return min(length, 2**64 - 1).to_bytes(8, "little") + header + data
+def test_damaged_headers_give_a_base_or_a_typed_error(tmp_path, monkeypatch):
+    """As the attacks at night damage them: cut, a bit turned over, a value that is another."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "attack"))
+    from damages import KINDS
 
-
-def fuzz(folder, count, seed):
-    """Opens and reads `count` damaged files; the numbers of (bases, typed errors)."""
-    rng = random.Random(seed)
-    path = folder / "fuzzed.safetensors"
-    good = [seed_file(path, i).read_bytes() for i in range(2 * len(SEEDS))]
-    opened = refused = 0
-    for _ in range(count):
-        content = rng.choice(good)
-        for _ in range(rng.choice((1, 1, 2))):
-            try:
-                content = mutate(content, rng)
-            except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-                pass  # damaged beyond what this mutation understands
+    path, refused = tmp_path / "damaged.safetensors", 0
+    whole = [seed_file(path, i).read_bytes() for i in range(2 * len(SEEDS))]
+    for number in range(count := examples(6000)):
+        pick = random.Random(number)
+        data, kind = pick.choice(whole), pick.choice(["cut", "flip", "stamp", "edit", "edit"])
+        content, how = KINDS[kind](data, pick, 8 + int.from_bytes(data[:8], "little"))
         path.unlink()  # a new file: truncating one that was just written waits for the disk
         path.write_bytes(content)
         try:
             base = open_base(path)
             for module in base.shapes:
-                assert tuple(base.read(module).shape) == base.shapes[module]
-            opened += 1
+                assert tuple(base.read(module).shape) == base.shapes[module], how
         except ProLoRAError as error:
             assert str(error)
             refused += 1
-    return opened, refused
-
-
-def test_damaged_headers_give_a_base_or_a_typed_error(tmp_path):
-    """10,000 of them at night."""
-    count = examples(10_000)
-    opened, refused = fuzz(tmp_path, count, seed=0)
-    assert opened > count / 10 and refused > 0.35 * count and opened + refused == count
+    assert 0.35 * count < refused < 0.95 * count
 
 
 def test_an_index_cannot_point_out_of_its_folder_nor_to_what_is_missing(tmp_path):
@@ -227,17 +146,6 @@ def test_contradictions_are_refused_before_memory_is_taken(header, message, tmp_
         open_base(path)
 
 
-def test_an_empty_dimension_is_a_shape_like_any_other(tmp_path):
-    """No crash further on: comparing and planning see it as it is."""
-    path = raw(tmp_path / "x.safetensors", {f"{Q}.weight": entry([0, 4], 0, 0)})
-    assert open_base(path).read(Q).shape == (0, 4)
-    path = raw(
-        tmp_path / "y.safetensors", {"double_blocks.0.img_attn.qkv.weight": entry([0, 0], 0, 0)}
-    )
-    with pytest.raises(ProLoRAError, match="qkv"):
-        open_base(path)
-
-
 @pytest.mark.parametrize(
     "form",
     [
@@ -245,7 +153,7 @@ def test_an_empty_dimension_is_a_shape_like_any_other(tmp_path):
         *(pytest.param(n, marks=pytest.mark.slow) for n in ("diffusers", "ldm", "scaled")),
     ],
 )
-def test_a_hundred_thousand_keys_open_in_seconds(form, tmp_path):
+def test_tens_of_thousands_of_keys_open_in_seconds(form, tmp_path):
     """Time grows with the keys and not with their square."""
     names = {
         "ldm": "model.diffusion_model.input_blocks.{}.1.transformer_blocks.{}.attn1.to_q.weight",
@@ -255,7 +163,7 @@ def test_a_hundred_thousand_keys_open_in_seconds(form, tmp_path):
     }[form]
     keys = {
         names.format(1 + i % 300 if form == "ldm" else i % 1000, i): (1, 1)
-        for i in range(50_000 if form == "scaled" else 100_000)
+        for i in range(15_000 if form == "scaled" else 30_000)
     }
     other = {}
     if form == "scaled":
@@ -268,7 +176,7 @@ def test_a_hundred_thousand_keys_open_in_seconds(form, tmp_path):
         assert len(base.shapes) == len(keys) and base.layout is None
     except UnsupportedFormat as error:
         assert form in ("ldm", "authors") and "belongs to no known module" in str(error)
-    assert time.process_time() - started < 15
+    assert time.process_time() - started < 5
 
 
 def opening_peak(*paths):
@@ -311,17 +219,6 @@ def test_opening_what_claims_a_terabyte_takes_no_memory(tmp_path):
     assert opening_peak(path) < 20 << 20
 
 
-@needs_peak
-@pytest.mark.slow
-def test_the_peak_of_opening_is_seen_however_large_the_parent_is(tmp_path):
-    """Otherwise the two tests beside this one could not fail."""
-    text = b'{"a":[' + b"[]," * (1 << 20) + b"0]}"
-    path = raw(tmp_path / "x.safetensors", text)
-    parent = bytearray(512 << 20)
-    parent[::4096] = b"x" * len(parent[::4096])
-    assert opening_peak(path) > 32 << 20
-
-
 @pytest.mark.slow
 @needs_peak
 def test_a_header_of_nothing_but_brackets_takes_bounded_memory(tmp_path):
@@ -331,9 +228,3 @@ def test_a_header_of_nothing_but_brackets_takes_bounded_memory(tmp_path):
         text = b'{"a":[' + filler * ((2**25 - 20) // len(filler)) + b"0]}"
         paths.append(raw(tmp_path / f"{len(paths)}.safetensors", text))
     assert opening_peak(*paths) < 1_200_000 << 10
-
-
-def test_the_fuzzing_starts_from_files_that_open(tmp_path):
-    """Otherwise it would test nothing but one message."""
-    for i in range(2 * len(SEEDS)):
-        assert open_base(seed_file(tmp_path / "x.safetensors", i)).shapes

@@ -9,8 +9,9 @@ import torch
 from checkpoints import name_in_ldm
 from torch import Tensor
 
+from prolora import Base, open_base
 from prolora.architectures import layouts
-from prolora.bases import Base, check_finite, open_base, open_pair
+from prolora.bases import check_finite, open_pair
 from prolora.errors import NonFiniteWeights, UnsupportedFormat
 from prolora.files.safetensors_writing import write_safetensors
 
@@ -266,12 +267,6 @@ def test_a_weight_that_is_not_finite_is_named(
     check_finite(base, [Q, CONV])
     with pytest.raises(NonFiniteWeights, match=rf"x\.safetensors:{K}.*1 of 24.*\[2, 5\]"):
         check_finite(base, [Q, K])
-
-
-def test_a_weight_whose_sum_overflows_is_still_finite() -> None:
-    """The fast test asks again before it refuses."""
-    base = open_base({"a": torch.full((4, 4), 3e38), "b": torch.ones(4, 4).double() * 1e308})
-    check_finite(base, ["a", "b"])
 
 
 def test_a_base_prints_in_one_line() -> None:

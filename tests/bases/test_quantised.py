@@ -83,11 +83,6 @@ def test_rows_of_a_fused_scaled_matrix_take_their_own_scales(tmp_path):
             assert torch.equal(base.read(f"transformer_blocks.0.attn.to_{leaf}"), part)
 
 
-def test_plain_float8_stays_float8():
-    base = open_base({f"{Q}.weight": torch.ones(4, 4).to(torch.float8_e5m2)})
-    assert base.dtypes == {Q: torch.float8_e5m2}
-
-
 def plain(**more):
     return {f"{Q}.weight": torch.ones(4, 4).to(torch.float8_e4m3fn), **more}
 
@@ -140,11 +135,3 @@ def test_a_scale_that_makes_no_sense_is_refused_when_the_weight_is_read(scale):
     base = open_base(plain(**{f"{Q}.scale_weight": torch.tensor(scale)}))
     with pytest.raises(UnsupportedFormat, match=re.escape(f"{Q}.scale_weight: the scale of")):
         base.read(Q)
-
-
-def test_the_older_notation_scales_half_precision_too():
-    """As those who wrote it do."""
-    base = open_base(
-        {f"{Q}.weight": torch.ones(4, 4).half(), f"{Q}.scale_weight": torch.ones(1) * 3}
-    )
-    assert torch.equal(base.read(Q), torch.full((4, 4), 3.0))

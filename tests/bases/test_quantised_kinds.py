@@ -17,9 +17,7 @@ from property_examples import examples
 from prolora import ProLoRAError, open_base
 from prolora.bases import check_finite
 from prolora.bases.quantised import weight as quantised_weight
-from prolora.bases.quantised.joining import join_quantised
 from prolora.bases.quantised.weight import find_kind
-from prolora.bases.weights import LoadedWeight
 from prolora.errors import UnsupportedFormat
 from prolora.files.safetensors_file import SafetensorsFile
 from prolora.files.safetensors_writing import write_safetensors
@@ -82,14 +80,6 @@ def test_some_rows_are_those_of_the_whole_however_few_are_decoded_at_a_time(
         assert torch.allclose(weight.read(), whole, **near)
     finally:
         quantised_weight._CHUNK = before
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_state_dict_in_memory_is_read_alike(kind, tmp_path):
-    parts, metadata, meant = layer(kind)
-    assert not metadata
-    base = open_base(parts)
-    assert (base.read(Q) - meant).abs().max() <= 1e-6 * meant.abs().max()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -256,28 +246,12 @@ def test_what_the_inputs_are_scaled_by_belongs_to_the_weight(shape, tmp_path):
     assert torch.allclose(ours, (x * inputs) @ meant.mT, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["asym_w4a8_int8", "int5_of_tomorrow"])
-def test_a_kind_that_is_not_read_is_refused_by_name_with_the_way_out(kind):
-    note = torch.tensor(list(json.dumps({"format": kind}).encode()), dtype=torch.uint8)
-    codes = {f"{Q}.weight": torch.zeros(32, 32, dtype=torch.int8), f"{Q}.comfy_quant": note}
-    with pytest.raises(UnsupportedFormat, match=f"{Q}.weight .*{kind}.*fp16"):
-        open_base(codes | {f"{Q}.weight_s_rel": torch.ones(32, 4)})
-
-
 def test_the_content_tells_weights_of_other_scales_apart(tmp_path):
     """What is cached of one weight is never taken for another."""
     write_layer("comfy int8", tmp_path / "x.safetensors")
     weight = open_base(tmp_path / "x.safetensors").weights[Q]
     other = replace(weight, scales=(replace(weight.scales[0], key=weight.stored.key),))
     assert weight.content != other.content and weight.content != weight.stored.content
-
-
-def test_the_content_tells_weights_of_other_notes_apart(tmp_path):
-    """Notes may lie in another file than the codes, which then stay as they are."""
-    write_layer("comfy int8, rotated", tmp_path / "x.safetensors")
-    weight = open_base(tmp_path / "x.safetensors").weights[Q]
-    assert weight.content != replace(weight, size=4 * weight.size).content
-    assert weight.content == open_base(tmp_path / "x.safetensors").weights[Q].content
 
 
 def test_a_quantised_text_encoder_of_a_pipeline_is_read_by_the_notes_of_its_own_file(tmp_path):
@@ -288,26 +262,6 @@ def test_a_quantised_text_encoder_of_a_pipeline_is_read_by_the_notes_of_its_own_
     encoder.parent.mkdir(exist_ok=True)
     write_safetensors(encoder, {k.replace(Q, there): part for k, part in parts.items()}, metadata)
     assert torch.equal(open_base(source).read(f"text_encoder.{there}"), meant)
-
-
-def test_the_keys_of_a_checkpoint_are_not_gone_through_once_for_each_layer():
-    class Counted(dict):
-        turns = 0
-
-        def __iter__(self):
-            Counted.turns += 1
-            return super().__iter__()
-
-    note = torch.tensor(list(b'{"format": "int8_tensorwise"}'), dtype=torch.uint8)
-    parts = {}
-    for i in range(100):
-        name = f"double_blocks.{i}.img_mlp.0"
-        parts[f"{name}.weight"] = torch.zeros(4, 4, dtype=torch.int8)
-        parts |= {f"{name}.weight_scale": torch.ones(()), f"{name}.comfy_quant": note}
-    weights = Counted({key: LoadedWeight(part, key) for key, part in parts.items()})
-    Counted.turns = 0
-    assert len(join_quantised(weights, [], "x")) == 100
-    assert Counted.turns < 30
 
 
 @pytest.mark.parametrize(
