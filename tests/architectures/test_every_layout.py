@@ -14,9 +14,9 @@ from checkpoints import (
 from diagonal import list_sizes, pair_up
 
 import prolora
+from prolora import open_base
 from prolora.architectures import layouts
 from prolora.architectures.families import known_families
-from prolora.bases import open_base
 
 FAMILIES = ("flux1", "sd3", "pixart")
 TRANSFORMERS = [id_ for id_ in layouts.known_layouts() if id_.startswith(FAMILIES)]
@@ -87,34 +87,6 @@ def test_as_a_file_of_diffusers_names_with_the_prefix_of_its_part(id_, tmp_path)
     part = "unet." if id_ in UNETS else "transformer."
     stored = {part + key: shape for key, shape in keys(shapes_of(id_)).items()}
     assert_complete(open_base(sparse_file(tmp_path / "x.safetensors", stored)), id_)
-
-
-@pytest.mark.parametrize("id_", list_sizes(UNETS))
-def test_in_float8_plain_and_with_scales(id_, tmp_path):
-    """Convolutions and tables stay in half precision, as in the files people make."""
-    stored = single_file(id_)
-    small = {key: ("F16", s) for key, s in stored.items() if len(s) != 2 or "_table" in key}
-    large = {key: shape for key, shape in stored.items() if key not in small}
-    base = open_base(sparse_file(tmp_path / "plain.safetensors", large, "F8_E5M2", other=small))
-    assert_complete(base, id_)
-    assert torch.float8_e5m2 in base.dtypes.values()
-    scales = {key.replace(".weight", ".scale_weight"): ("F32", (1,)) for key in large}
-    scales["scaled_fp8"] = ("F8_E4M3", (2,))
-    path = sparse_file(tmp_path / "scaled.safetensors", large, "F8_E4M3", other={**small, **scales})
-    base = open_base(path)
-    assert_complete(base, id_)
-    assert set(base.dtypes.values()) == {torch.float32, torch.float16} - (
-        set() if small else {torch.float16}
-    )
-
-
-@pytest.mark.parametrize("id_", list_sizes(UNETS))
-def test_as_gguf(id_, tmp_path):
-    pytest.importorskip("gguf")
-    base = open_base(sparse_gguf(tmp_path / "x.gguf", single_file(id_)))
-    assert_complete(base, id_)
-    value = next(name for name in base.shapes if name.endswith("to_v"))
-    assert tuple(base.read(value).shape) == base.shapes[value]
 
 
 CLIP_L = clip(768, 12, 49408, projection=False)

@@ -5,62 +5,35 @@ import pytest
 from prolora.architectures import layouts
 from prolora.architectures.modules import find_block, find_stage, is_adaptable, is_attention
 
+TABLE = "video_a2v_cross_attn_scale_shift_table"
 IN_BLOCKS = [
-    # module, stack, number, name inside the block, whether it is attention, whether it is adapted
-    ("blocks.7.attn1.to_q", "blocks", "7", "attn1.to_q", True, True),
-    ("blocks.7.ffn.net.0.proj", "blocks", "7", "ffn.net.0.proj", False, True),
-    ("blocks.7.self_attn.q_proj", "blocks", "7", "self_attn.q_proj", True, True),
-    ("blocks.7.adaln_modulation_mlp.2", "blocks", "7", "adaln_modulation_mlp.2", False, False),
-    ("blocks.7.modulation", "blocks", "7", "modulation", False, False),
-    ("layers.29.attention.to_out.0", "layers", "29", "attention.to_out.0", True, True),
-    ("layers.29.adaLN_modulation.0", "layers", "29", "adaLN_modulation.0", False, False),
-    ("context_refiner.1.feed_forward.w2", "context_refiner", "1", "feed_forward.w2", False, True),
-    ("llm_adapter.blocks.0.mlp.0", "llm_adapter.blocks", "0", "mlp.0", False, True),
-    (
-        "double_stream_blocks.3.block.ff_i.experts.2.w1",
-        "double_stream_blocks",
-        "3",
-        "block.ff_i.experts.2.w1",
-        False,
-        True,
-    ),
-    (
-        "context_embedder.token_refiner.refiner_blocks.1.attn.to_q",
-        "context_embedder.token_refiner.refiner_blocks",
-        "1",
-        "attn.to_q",
-        True,
-        True,
-    ),
-    (
-        "transformer_blocks.5.audio_to_video_attn.to_k",
-        "transformer_blocks",
-        "5",
-        "audio_to_video_attn.to_k",
-        True,
-        True,
-    ),
-    ("transformer_blocks.5.img_mod.1", "transformer_blocks", "5", "img_mod.1", False, False),
-    ("transformer_blocks.5.attn.to_gate", "transformer_blocks", "5", "attn.to_gate", True, True),
-    (
-        "transformer_blocks.5.video_a2v_cross_attn_scale_shift_table",
-        "transformer_blocks",
-        "5",
-        "video_a2v_cross_attn_scale_shift_table",
-        False,
-        False,
-    ),
-    ("double_layers.1.modCX.1", "double_layers", "1", "modCX.1", False, False),
-    ("double_blocks.4.img_attn_qkv", "double_blocks", "4", "img_attn_qkv", True, True),
-    ("joint_blocks.2.x_block.attn.qkv", "joint_blocks", "2", "x_block.attn.qkv", True, True),
+    # stack, number and name inside the block; whether it is attention, whether it is adapted
+    ("blocks 7 attn1.to_q", True, True),
+    ("blocks 7 ffn.net.0.proj", False, True),
+    ("blocks 7 self_attn.q_proj", True, True),
+    ("blocks 7 adaln_modulation_mlp.2", False, False),
+    ("blocks 7 modulation", False, False),
+    ("layers 29 attention.to_out.0", True, True),
+    ("layers 29 adaLN_modulation.0", False, False),
+    ("context_refiner 1 feed_forward.w2", False, True),
+    ("llm_adapter.blocks 0 mlp.0", False, True),
+    ("double_stream_blocks 3 block.ff_i.experts.2.w1", False, True),
+    ("context_embedder.token_refiner.refiner_blocks 1 attn.to_q", True, True),
+    ("transformer_blocks 5 audio_to_video_attn.to_k", True, True),
+    ("transformer_blocks 5 img_mod.1", False, False),
+    ("transformer_blocks 5 attn.to_gate", True, True),
+    (f"transformer_blocks 5 {TABLE}", False, False),
+    ("double_layers 1 modCX.1", False, False),
+    ("double_blocks 4 img_attn_qkv", True, True),
+    ("joint_blocks 2 x_block.attn.qkv", True, True),
 ]
 
 
-@pytest.mark.parametrize("case", IN_BLOCKS, ids=lambda case: case[0])
-def test_a_list_of_blocks_is_known_by_its_form_and_not_by_its_name(case):
-    module, stack, number, local, attention, adapted = case
-    assert find_block(module) == (stack, number, local)
-    assert find_stage(module) == stack
+@pytest.mark.parametrize(("place", "attention", "adapted"), IN_BLOCKS)
+def test_a_list_of_blocks_is_known_by_its_form_and_not_by_its_name(place, attention, adapted):
+    module = place.replace(" ", ".")
+    assert find_block(module) == tuple(place.split())
+    assert find_stage(module) == place.split()[0]
     assert (is_attention(module), is_adaptable(module)) == (attention, adapted)
 
 
