@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from checkpoints import name_in_ldm
 from diagonal import list_sizes
 from hypothesis import given
 from hypothesis import strategies as st
@@ -74,36 +73,6 @@ def test_every_name_of_a_text_encoder_is_written_as_it_was_read(row):
         path = writer.write(name)
         assert path is not None and path.startswith(row.prefix)
         assert ANY.read(path).name == name
-
-
-@pytest.mark.parametrize(
-    ("prefix", "encoder", "model", "family"),
-    [
-        ("lora_te_", "text_encoder", "te_clip-l", "sd15"),
-        ("lora_te1_", "text_encoder", "te_clip-l", "sdxl"),
-        ("lora_te2_", "text_encoder_2", "te_openclip-bigg", "sdxl"),
-    ],
-)
-def test_every_published_name_of_clip_is_read_and_written(prefix, encoder, model, family):
-    names = {f"{encoder}.{module}": NOTHING for module in keymaps()["clip"][model]}
-    writer = find_codec(Adapter(names, origin=Model.of(family)), "kohya")
-    for name in names:
-        path = prefix + name.removeprefix(f"{encoder}.").replace(".", "_")
-        assert ANY.read(path).name == name
-        assert writer.write(name) == path
-
-
-@pytest.mark.parametrize(
-    ("siblings", "expected"),
-    [
-        (["up_blocks.0.attentions.0.proj_in"], "output_blocks.2.2.conv"),
-        (["down_blocks.3.resnets.0.conv1"], "output_blocks.2.1.conv"),
-        (["down_blocks.3.conv", "up_blocks.0.attentions.0.norm"], "output_blocks.2.2.conv"),
-        ([], "output_blocks.2.2.conv"),
-    ],
-)
-def test_first_upsampler_is_numbered_by_whether_its_block_has_attention(siblings, expected):
-    assert name_in_ldm("up_blocks.0.upsamplers.0.conv", siblings) == expected
 
 
 @pytest.mark.parametrize(

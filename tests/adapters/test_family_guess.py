@@ -1,7 +1,5 @@
 """Of which family a LoRA is: by the number of its blocks, a product's shape, whose names fit."""
 
-import json
-
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -67,19 +65,6 @@ def test_modules_that_everybody_calls_the_same_leave_the_file_in_comfyuis_format
     assert "ComfyUI" in told.readers.whole
 
 
-def test_names_of_diffusers_behind_comfyuis_prefix_stay_diffusers(tmp_path):
-    """LTX-2's last layer is proj_out in diffusers only as far as blocks are named alike."""
-    name, shape = "audio_time_embed.emb.timestep_embedder.linear_1", (2048, 256)
-    tensors = {
-        f"diffusion_model.{name}.lora_A.weight": torch.zeros(1, shape[1]),
-        f"diffusion_model.{name}.lora_B.weight": torch.zeros(shape[0], 1),
-        "diffusion_model.transformer_blocks.0.audio_attn1.to_q.lora_A.weight": torch.zeros(1, 2048),
-        "diffusion_model.transformer_blocks.0.audio_attn1.to_q.lora_B.weight": torch.zeros(2048, 1),
-    }
-    save_file(tensors, tmp_path / "lora.safetensors")
-    assert "ComfyUI" not in check(tmp_path / "lora.safetensors").readers.whole
-
-
 def test_the_prefix_of_diffsynths_pipelines_is_cut_off(tmp_path):
     tensors = {
         f"pipe.dit.blocks.{i}.self_attn.q.lora_{end}.default.weight": torch.zeros(shape)
@@ -91,13 +76,6 @@ def test_the_prefix_of_diffsynths_pipelines_is_cut_off(tmp_path):
     assert told.family == "wan" and (not told.reason)
     moved = encode_state_dict(read_adapter(tensors), format="comfy")
     assert "diffusion_model.blocks.3.self_attn.q.lora_A.weight" in moved
-
-
-def test_a_check_tells_programs_to_programs(tmp_path):
-    lora = tmp_path / "lora.safetensors"
-    told = write_lora(lora, "qwen-image", "qwen-image", "kohya", lambda n: ".attn.to_q" in n)
-    readers = json.loads(json.dumps(told.to_dict()))["readers"]
-    assert "LightX2V" in readers["none"] and "ComfyUI" in readers["whole"]
 
 
 def test_what_one_program_reads_makes_no_family_certain(tmp_path):

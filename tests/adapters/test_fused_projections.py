@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diagonal import list_sizes
 
 from prolora.adapters import read_adapter
 from prolora.adapters.file_model import BaseNames
-from prolora.architectures.families import known_families
 from prolora.architectures.identify import Model
 
 # Krea 2's, of SimpleTuner: "lora key not loaded: …text_fusion_layerwise_blocks_0_attn_to_qkv…"
@@ -56,21 +54,3 @@ def test_a_fused_dora_is_scaled_row_by_row_of_its_parts_weights():
     for part, rows in zip("qkv", wanted.split(OUT), strict=True):
         made = adapter.updates[f"{STEM}{part}"]
         assert torch.allclose((made.up @ made.down).double(), rows, atol=1e-4)
-
-
-@pytest.mark.parametrize("size", list_sizes([f.layouts[0] for f in known_families().values()]))
-def test_every_family_with_separate_projections_reads_them_fused(size):
-    family = next(one for one in known_families().values() if size in one.layouts)
-    for pattern in family.shapes if not family.unet else ():
-        stem = pattern.removesuffix("to_q")
-        parts = tuple(f"{stem}to_{part}" for part in "qkv")
-        if stem == pattern or stem[-1] != "." or not family.shapes.keys() >= {*parts}:
-            continue
-        shapes = [family.shapes[part][0] for part in parts]
-        weight = family.find_weight(f"{stem}to_qkv".replace(".N.", ".7."))
-        if len({shape[1:] for shape in shapes}) > 1:  # cross attention: k and v read another input
-            assert weight is None
-            continue
-        assert weight.parts == tuple(part.replace(".N.", ".7.") for part in parts)
-        unit = shapes[0][0] / weight.shares[0]
-        assert [share * unit for share in weight.shares] == [shape[0] for shape in shapes]

@@ -135,8 +135,7 @@ def write_lora(path, shapes, spelling, rank=2):
     return save(path, tensors)
 
 
-@pytest.mark.parametrize("spelling", ["peft", "wrapped", "kohya"])
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize(("network", "spelling"), pair_up(NETWORKS, ["peft", "wrapped", "kohya"]))
 def test_a_lora_moves_with_every_module_and_keeps_its_spelling(network, spelling, tmp_path):
     shapes = lay_out(**NETWORKS[network])
     wanted = matrices(shapes)

@@ -194,16 +194,6 @@ def test_a_folder_that_cannot_be_written_is_only_read(stack, tmp_path, caplog):
     assert caplog.text.count("bases are not kept") == 1
 
 
-def test_a_weight_whose_basis_is_kept_is_not_read(tmp_path, monkeypatch):
-    base = prolora.open_base(write_folder(tmp_path / "base", source_weights()))
-    names = list(base.shapes)[:2]
-    with BasisCache(tmp_path / "cache").flush_at_end() as cache:
-        first = cache.of(base, names, 5)
-    again = prolora.open_base(tmp_path / "base")
-    monkeypatch.setattr(prolora.Base, "read", lambda *a: pytest.fail("a weight was read"))
-    same(BasisCache(tmp_path / "cache").of(again, names, 5), first)
-
-
 def test_a_basis_of_a_file_that_was_written_to_since_is_not_found(tmp_path):
     folder = write_folder(tmp_path / "base", source_weights())
     file = next(folder.glob("*.safetensors"))

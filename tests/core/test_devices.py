@@ -4,8 +4,6 @@ Where there is no card, the CPU takes whole stacks as a GPU would. Judged by pro
 never by singular vectors.
 """
 
-from contextlib import nullcontext
-
 import pytest
 import torch
 from backends import missing
@@ -140,18 +138,3 @@ def test_a_second_device_computes_where_its_tensors_are_on_cuda(card):
         angles = principal_angles(weight[..., :9].to("cuda:1"), weight[..., 9:20].to("cuda:1"))
     assert found.U.device == angles.device == torch.device("cuda", 1)
     check_equal_subspaces(found, plain(truncated_svd, weight, 40))
-
-
-@pytest.mark.parametrize("precision", ["highest", "high"])
-def test_the_callers_precision_of_products_changes_nothing(device, precision):
-    weight = stack(2, 400, 384).to(device)
-    wanted = truncated_svd(weight, 40)
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        with torch.autocast(device, torch.bfloat16) if precision == "high" else nullcontext():
-            found = truncated_svd(weight, 40)
-    finally:
-        torch.set_float32_matmul_precision(before)
-    assert torch.equal(found.S, wanted.S)
-    assert torch.equal(found.U, wanted.U)

@@ -171,17 +171,6 @@ def test_any_float_dtype_goes_in_and_comes_out(dtype):
     assert factors.dtype == dtype
 
 
-def test_a_convolution_is_its_flattened_matrix():
-    generator = torch.Generator().manual_seed(0)
-    ws, wt, delta = (torch.randn(6, 4, 3, 3, generator=generator) for _ in range(3))
-    found = project(delta, ws, wt, rank=4)
-    assert found.shape == delta.shape
-    flat = project(delta.flatten(1), ws.flatten(1), wt.flatten(1), rank=4)
-    torch.testing.assert_close(found.flatten(1), flat)
-    factors = project((torch.randn(6, 2), torch.randn(2, 36)), ws, wt, rank=4)
-    assert factors.shape == (6, 36)
-
-
 def test_a_convolution_of_five_axes_is_its_flattened_matrix_too():
     generator = torch.Generator().manual_seed(0)
     ws, wt, delta = (torch.randn(6, 4, 1, 2, 2, generator=generator) for _ in range(3))

@@ -57,17 +57,6 @@ def test_the_product_comes_back_however_close_its_rows_lie(dtype, tolerance):
         assert (used.mT @ used - torch.eye(rank)).abs().max() < 10 * tolerance
 
 
-@pytest.mark.parametrize("m, n", [(60, 4), (4, 50), (5, 3), (6, 6)])
-def test_a_rank_beyond_the_width_of_a_layer_is_cut_to_it(m, n):
-    """A LoRA of rank 64 on the first convolution of a UNet, which reads 36 numbers."""
-    up, down = panels([3.0, 3.0], torch.float32)
-    up, down = up[..., :m], down[..., :n]
-    found = of_grams(up, down)
-    back = found.left.mT @ found.u * found.s.unsqueeze(-2) @ (found.right.mT @ found.v).mT
-    assert found.s.shape[-1] == min(m, n, 6)
-    assert torch.allclose(back, up.double().mT @ down.double(), atol=1e-5)
-
-
 def test_parts_that_are_orthogonal_merge_in_descending_order():
     q, p = torch.linalg.qr(torch.randn(2, 40, 6, dtype=torch.float64))[0].mT.chunk(2, -2)
     x, y = torch.linalg.qr(torch.randn(2, 30, 6, dtype=torch.float64))[0].mT.chunk(2, -2)

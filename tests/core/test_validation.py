@@ -290,15 +290,6 @@ def test_a_weight_of_a_module_is_taken_detached():
     assert not truncated_svd(leaves[0], 3).U.requires_grad
 
 
-def test_the_namespace_of_an_array_says_how_to_make_another_one(monkeypatch):
-    delta, source, target = case()
-    expected = project(delta, source, target, rank=3)
-    space = types.SimpleNamespace(from_dlpack=lambda x: Exchanged(torch.from_dlpack(x)))
-    monkeypatch.setattr(Exchanged, "__array_namespace__", lambda self: space, raising=False)
-    found = project(*map(Exchanged, (delta, source, target)), rank=3)
-    assert type(found) is Exchanged and torch.equal(found.tensor, expected)
-
-
 def test_a_library_that_takes_no_array_gives_a_tensor_and_the_log_says_so(monkeypatch, caplog):
     delta, source, target = case()
     space = types.SimpleNamespace(__name__="strange")
