@@ -223,7 +223,7 @@ def test_a_base_without_the_module_of_another_shape_or_with_nan_is_refused():
     weights = {"conv_in": torch.ones(2, 2), LINEAR: base.weight.detach()}
     with pytest.raises(UnsupportedFormat, match=f"weight of {LINEAR}.*source base does not have"):
         adapters.read_adapter(tensors, read_weight={}.__getitem__)
-    with pytest.raises(UnsupportedFormat, match="give the base it was trained"):
+    with pytest.raises(UnsupportedFormat, match="give the base model it was trained"):
         adapters.read_adapter(tensors)
     with pytest.raises(ShapeMismatch, match=LINEAR):
         prolora.convert(tensors, weights | {LINEAR: torch.ones(48, 5)})
