@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -379,15 +378,3 @@ def test_latents_that_cannot_be_read_are_refused():
     pipe.vae.encode = None
     with pytest.raises(UnsupportedFormat, match="no encoder"):
         latents.check_shown(pipe, "name")
-
-
-@pytest.mark.slow
-def test_texts_of_different_lengths_are_asked_one_by_one(room):
-    settings = FitOptions(("cat", "dog cat dog"), images=2, steps=2)
-    ours, theirs = (
-        PipelineSide(open_pipeline(room / name), replace(settings, size=size), shared=False)
-        for name, size in (("qwen", 16), ("sdxl", None))
-    )
-    asking = Asking(ours, theirs, {}, pairs=True)
-    assert asking.at_once == 1 < theirs.at_once
-    assert {len(asked) for asked in draw_probes(asking, 2, 8)} == {1}
