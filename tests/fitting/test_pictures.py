@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import pytest
@@ -103,7 +104,7 @@ def test_a_training_that_teaches_nothing_sure_leaves_the_best_copy_or_is_refused
 ):
     monkeypatch.setattr(pictures, "STEPS", 0)
     neon = icons / "loras/neon.safetensors"
-    with pytest.raises(UnrelatedBases, match=r"no copy is better than no LoRA.*`force=True`"):
+    with pytest.raises(UnrelatedBases, match=r"no copy is better than no LoRA.*`force`"):
         prolora.fit(neon, None, icons / "apart", pictures=folder, **BESIDE)
     monkeypatch.setattr(pictures, "START", 0.05)
     ends = icons / "loras/duotone.safetensors", None, icons / "far"
@@ -156,6 +157,7 @@ def test_an_interrupted_training_leaves_no_file(icons, folder, tmp_path, quick):
         (lambda at: (at / "0.png").unlink(), InvalidOption, "0.txt is a caption without"),
         (lambda at: (at / "4.txt").unlink(), InvalidOption, "4.png has no caption: write 4.txt"),
         (lambda at: (at / "2.png").write_text("no"), UnsupportedFormat, "2.png: cannot be read"),
+        (lambda at: os.mkfifo(at / "x.png"), UnsupportedFormat, "x.png: is not a regular file"),
     ],
 )
 def test_a_folder_that_cannot_be_learnt_is_refused_before_a_model_is_loaded(

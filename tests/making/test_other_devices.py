@@ -51,7 +51,7 @@ def test_check_compares_two_bases_and_one_with_a_lora(case):
     (lora, _, _), (_, source, target) = case
     verdict = prolora.check(lora, source=source, target=target)
     assert verdict.move is not None and "in part" in str(verdict.move)
-    assert prolora.check(lora, base=source).fit
+    assert prolora.check(lora, base=source).base_match
 
 
 def test_extract_gives_the_lora_between_two_bases(case, tmp_path):

@@ -17,7 +17,7 @@ from ..adapters.adapter import Adapter
 from ..architectures.modules import is_in_text_encoder
 from ..core.lowrank import LowRank
 from ..errors import InvalidOption, ProLoRAError, UnrelatedBases, UnsupportedFormat
-from ..files.untrusted import read_text
+from ..files.untrusted import open_regular, read_text
 from ..reports.report import Sentence
 from ..verbs.result import Transfer
 from .default_prompts import DIVERSE
@@ -130,17 +130,18 @@ def read_pictures(options: FitOptions) -> dict[Path, str]:
 
 def read_picture(path: Path, height: int = 1, width: int = 1) -> Tensor:
     """Reads [1, 3, height, width] from −1 to 1, cut to the middle; refuses to enlarge."""
-    try:
-        from PIL import Image, ImageOps
+    from PIL import Image, ImageOps
 
-        with Image.open(path) as opened:
-            picture = ImageOps.exif_transpose(opened).convert("RGBA")
-        white = Image.new("RGBA", picture.size, "white")  # where it is transparent
-        picture = Image.alpha_composite(white, picture).convert("RGB")
-    except Exception as error:  # decoders raise any type
-        raise UnsupportedFormat(
-            f"{path}: cannot be read as a picture: {type(error).__name__}: {error}"
-        ) from error
+    with open_regular(path) as file:
+        try:
+            with Image.open(file) as opened:
+                picture = ImageOps.exif_transpose(opened).convert("RGBA")
+        except Exception as error:  # decoders raise any type
+            raise UnsupportedFormat(
+                f"{path}: cannot be read as a picture: {type(error).__name__}: {error}"
+            ) from error
+    white = Image.new("RGBA", picture.size, "white")  # where it is transparent
+    picture = Image.alpha_composite(white, picture).convert("RGB")
     if picture.width < width or picture.height < height:
         raise InvalidOption(
             f"pictures: {path} has {picture.width} × {picture.height} pixels, and {width} × "
@@ -186,7 +187,7 @@ class Training:
             raise UnrelatedBases(
                 f"on {count} held-out pictures no copy is better than no LoRA, and the training by "
                 f"{gain.share:.1%} ± {gain.error:.1%} of the error only: give more pictures, or "
-                "take `force=True`"
+                "choose `force`"
             )
         facts: dict[str, Any] = {"taught": len(self.taught[1]), "unseen": count}
         facts |= {"own": len(self.own[1]), "start": label, "step": step, "errors": sums}

@@ -74,7 +74,7 @@ def test_a_product_is_that_of_float64(kernels, shape, dtypes):
     assert_product(x, y, kernels.precise_product(x, y))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_emulated_gpu_and_the_cpu_give_the_same_bits(monkeypatch, dtype, nan_memory):
     """Nothing is rounded before the sums are whole: cards cannot differ either."""
     extension, emulated = load("cpu", "_C"), load("emulated", "_emulated")
@@ -94,7 +94,7 @@ def test_a_view_counts_as_it_is(kernels):
     assert_product(x[:, ::2], None, kernels.precise_product(x[:, ::2], None))
 
 
-@pytest.mark.parametrize("power", [-1000, -40, 400])
+@pytest.mark.parametrize("power", [-1000, -400, -40, 0, 40, 400])
 def test_rows_of_any_size_keep_their_digits(kernels, power):
     """Each row has its own power of two; squares beyond the range of float64 end as torch's do."""
     x = random(1, 40, 50) * 2.0 ** torch.arange(-20, 20)[:, None].double()
@@ -203,3 +203,9 @@ def test_what_the_op_does_not_take_is_refused_by_name():
             errors.ShapeMismatch, match=r"takes \[b, r, p\] and \[b, c, p\], p >= 1"
         ):
             precise_product(given, wrong)
+
+
+def test_the_extension_takes_it_as_float32_alone():
+    extension = load("cpu", "_C")
+    with pytest.raises(RuntimeError, match="not in this precision"):
+        extension.run("precise_product", [0] * 12, True, False, 0)

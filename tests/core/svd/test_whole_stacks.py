@@ -75,10 +75,21 @@ def test_a_whole_stack_equals_its_members_each_on_its_own_rung(whole_stacks, d, 
         assert bound >= 1 or error <= bound
 
 
+@pytest.mark.parametrize(("d", "rank"), [(768, 16), (SMALL, 0.9)])
+def test_the_same_whole_stack_gives_the_same_bits(whole_stacks, d, rank):
+    whole_stacks()
+    stack = torch.stack([weight(d, d, power_law(d, 0.5), seed) for seed in range(2)])
+    first, second = truncated_svd(stack, rank), truncated_svd(stack, rank)
+    for name in ("U", "S", "V", "bound", "residual"):
+        assert torch.equal(getattr(first, name), getattr(second, name))
+
+
 @pytest.mark.parametrize(
     ("d", "n", "rank", "rung"),
     [
         (768, 800, 16, "krylov"),
+        (768, 2400, 16, "krylov"),
+        (400, 450, 60, "gram-f32"),
         (400, 450, 0.9, "gram-f32"),
         (60, 80, 0.9, "gram-f64"),
     ],
