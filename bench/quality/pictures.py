@@ -116,8 +116,8 @@ def fit_to_target(world: World, yard: Yard, seed: int) -> Updates:
     sampled = {"images": IMAGES, "steps": SAMPLER_STEPS, "seed": 6 * seed}
     settings = probe.FitSettings(**{"rank": 32} | FIT | sampled)
     updates = {f"{prefix}{name}": update for name, update in yard.lora.items()}
-    found = fit_lora(world, (yard.source, yard.target), updates, yard.adapter, settings)
-    return {name.removeprefix(prefix): update for name, update in found.scaled.items()}
+    fitted = fit_lora(world, (yard.source, yard.target), updates, yard.adapter, settings)
+    return {name.removeprefix(prefix): update for name, update in fitted.scaled.items()}
 
 
 def yard_share(yard: Yard, updates: Updates) -> float:

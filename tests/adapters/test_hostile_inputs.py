@@ -114,8 +114,22 @@ def write_damaged(path, number):
     path.write_bytes(damage(path.read_bytes(), pick))
 
 
-def test_damaged_files_end_in_typed_errors_and_fast(tmp_path):
+def read_peak():
+    """The most memory this process had since `forget_peak`, in MB; 0 where no system tells it."""
+    status = Path("/proc/self/status")
+    return int(status.read_text().partition("VmHWM:")[2].split()[0]) >> 10 if status.exists() else 0
+
+
+def forget_peak():
+    """Begins anew with what this process has now, where Linux does that."""
+    if Path("/proc/self/clear_refs").exists():
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def test_damaged_files_end_in_typed_errors_fast_and_in_little_memory(tmp_path):
     path, outcomes = tmp_path / "lora.safetensors", Counter()
+    forget_peak()
+    before = read_peak()
     for number in range(count := examples(800)):
         write_damaged(path, number)
         began = time.perf_counter()
@@ -127,4 +141,5 @@ def test_damaged_files_end_in_typed_errors_and_fast(tmp_path):
             assert len(str(error)) > 20, error
             outcomes[type(error).__name__] += 1
         assert time.perf_counter() - began < 10, number
+    assert read_peak() - before < 400
     assert outcomes["read"] > count / 20 and outcomes["UnsupportedFormat"] > count / 3, outcomes

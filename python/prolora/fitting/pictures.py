@@ -74,12 +74,14 @@ class PictureReport(FitReport):
             f"On the other {self.unseen} its error is {self.errors[TRAINED]:.2f} of that without a "
             f"LoRA; the best without training, {self.rival}, has {self.errors[self.rival]:.2f}.",
         )
-        told = Sentence("✔", f"This should work on {self.target}.", lines, (*self.cautions(),))
+        verdict = Sentence("✔", f"This should work on {self.target}.", lines, (*self.cautions(),))
         step = "Next: try it at strength 1, and less where it is too strong."
         if self.written != TRAINED:
-            told = replace(told, mark="⚠", headline="The pictures taught nothing that is sure.")
+            verdict = replace(
+                verdict, mark="⚠", headline="The pictures taught nothing that is sure."
+            )
             step = f"So the file holds {self.written}. Next: give more pictures."
-        return replace(told, lines=(*lines, step))
+        return replace(verdict, lines=(*lines, step))
 
     def sentences(self) -> list[str]:
         """Writes what was trained, and what held-out pictures show."""
@@ -103,18 +105,18 @@ def read_pictures(options: FitOptions) -> dict[Path, str]:
             raise InvalidOption(f"`{name}` is of use in a fit of two models, not with `pictures`")
     folder = Path(options.pictures or "")
     files = sorted(folder.iterdir()) if folder.is_dir() else []
-    found = [file for file in files if file.suffix.lower() in SUFFIXES]
-    if len(found) < LEAST:
+    pictures = [file for file in files if file.suffix.lower() in SUFFIXES]
+    if len(pictures) < LEAST:
         raise InvalidOption(
-            f"pictures: {folder} has {len(found)} ({', '.join(SUFFIXES)}), and a training needs "
+            f"pictures: {folder} has {len(pictures)} ({', '.join(SUFFIXES)}), and a training needs "
             f"{LEAST} or more, of which it holds out a quarter"
         )
     texts = [file for file in files if file.suffix == ".txt"]
-    lonely = sorted(set(texts) - {file.with_suffix(".txt") for file in found})
+    lonely = sorted(set(texts) - {file.with_suffix(".txt") for file in pictures})
     if lonely:
         raise InvalidOption(f"pictures: {lonely[0]} is a caption without a picture")
     captions = {}
-    for file in found:
+    for file in pictures:
         read_picture(file)
         if (text := file.with_suffix(".txt")) in texts:
             captions[file] = " ".join(read_text(text).split())
@@ -294,10 +296,12 @@ def open_training(job: FitJob, captions: Mapping[Path, str]) -> Iterator[Trainin
         side = PipelineSide(model, settings, False, text)
         with frozen(side.denoiser), in_precision(side.denoiser, settings.precision):
             pixels = (read_picture(path, *side.pixels).to(side.device) for path in captions)
-            known = torch.cat([side.space.encode(one).cpu() for one in pixels])
+            latents = torch.cat([side.space.encode(one).cpu() for one in pixels])
             numbers = torch.tensor([prompts.index(caption) for caption in captions.values()])
-            held = torch.arange(len(known)) % HELD_OUT == 0
-            taught, unseen = ((known[rows], numbers[rows].tolist()) for rows in (~held, held))
+            is_unseen = torch.arange(len(latents)) % HELD_OUT == 0
+            taught, unseen = (
+                (latents[rows], numbers[rows].tolist()) for rows in (~is_unseen, is_unseen)
+            )
             asked = [prompts.index(own[i % len(own)]) for i in range(options.images)]
             images, check = list[Image](), watch_memory(options.memory_limit)
             for i, prompt in enumerate(asked):
