@@ -10,7 +10,9 @@ from lora_files import (
     LINEAR,
     attached,
     factors,
+    keymaps,
     kohya_file,
+    pair,
     relative_error,
     same_updates,
     save,
@@ -19,10 +21,6 @@ from lora_files import (
 )
 
 import prolora
-from prolora.adapters.formats.peft_config import METADATA_KEY
-from prolora.adapters.keys.codec import Codec
-from prolora.architectures.family import KOHYA, UNET_KOHYA
-from prolora.architectures.shared_names import unet_names
 from prolora.errors import ShapeMismatch, UnsupportedFormat
 
 PATTERNS = dict(
@@ -53,11 +51,10 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 )
 @pytest.mark.parametrize("spelling", ["diffusers", "sgm"])
 def test_kohya_scale_is_alpha_over_rank_as_diffusers_applies_it(tmp_path, alpha, spelling, dtype):
-    tensors, style = {}, KOHYA if spelling == "sgm" else UNET_KOHYA
+    tensors = {}
     for seed, (name, shape) in enumerate({**LINEAR, **CONV}.items()):
-        stem = Codec(unet_names(), spelling=style).write(name)
-        up, down = factors(shape, 4, seed, dtype)
-        tensors |= {f"{stem}.lora_up.weight": up, f"{stem}.lora_down.weight": down}
+        stem = keymaps()["unets"]["sdxl"][name][spelling == "sgm"]
+        tensors |= pair(stem, shape, 4, seed, dtype)
         if alpha is not None:
             tensors[f"{stem}.alpha"] = torch.tensor(alpha, dtype=dtype)
     adapter = prolora.convert(save(tmp_path / "lora.safetensors", tensors)).adapter
@@ -65,23 +62,20 @@ def test_kohya_scale_is_alpha_over_rank_as_diffusers_applies_it(tmp_path, alpha,
     assert adapter.kernels == {name: shape[2:] for name, shape in CONV.items()}
     found = through_diffusers(tmp_path / "lora.safetensors")
     if alpha == 0:
-        assert all(update.norm() == 0 for update in adapter.updates.values())
-        assert all(update.norm() == 0 for update in found.values())
+        assert all(update.norm() == 0 for update in (*adapter.updates.values(), *found.values()))
     else:
         same_updates(adapter, found)
 
 
-def test_every_kohya_module_has_a_scale_of_its_own(tmp_path):
+def test_every_kohya_module_has_a_scale_of_its_own():
     tensors, expected = {}, {}
     for seed, (name, shape) in enumerate(LINEAR.items()):
         up, down = factors(shape, seed + 1, seed)
-        stem = Codec(spelling=UNET_KOHYA).write(name)
-        tensors |= {f"{stem}.lora_up.weight": up, f"{stem}.lora_down.weight": down}
-        scale = 1.0
+        stem = "lora_unet_" + name.replace(".", "_")
+        tensors |= pair(stem, shape, seed + 1, seed)
         if seed % 3:
             tensors[f"{stem}.alpha"] = torch.tensor(seed / 2, dtype=torch.float16)
-            scale = seed / 2 / (seed + 1)
-        expected[name] = scale * up @ down
+        expected[name] = (seed / 2 / (seed + 1) if seed % 3 else 1.0) * up @ down
     same_updates(prolora.convert(tensors).adapter, expected)
 
 
@@ -139,13 +133,12 @@ PROJ = "unet.mid_block.attentions.0.proj_in"
 def configured(tensors, **fields):
     """A LoRA in memory, with a configuration in its header."""
     table = {name.replace("__", "."): value for name, value in fields.items()}
-    return prolora.Lora.open(tensors, {METADATA_KEY: json.dumps(table)})
+    return prolora.Lora.open(tensors, {"lora_adapter_metadata": json.dumps(table)})
 
 
 def dotted(*modules):
-    up, down = factors((6, 5), 4, 0)
-    ends = {"lora_A": down, "lora_B": up}
-    return {f"{m}.{end}.weight": x for m in modules for end, x in ends.items()}
+    pairs = (pair(module, (6, 5), ends=("lora_B", "lora_A")) for module in modules)
+    return {key: tensor for one in pairs for key, tensor in one.items()}
 
 
 def test_each_component_has_the_scale_under_its_own_prefix():
@@ -161,9 +154,9 @@ def test_each_component_has_the_scale_under_its_own_prefix():
         assert relative_error(update.dense(), scale * up @ down) < 1e-6, path
 
 
-def test_an_alpha_beside_diffusers_keys_counts():
-    plain = prolora.convert(dotted(PROJ)).adapter.updates
-    half = prolora.convert(dotted(PROJ) | {f"{PROJ}.alpha": torch.tensor([2.0])}).adapter.updates
+def test_an_alpha_beside_diffusers_keys_counts_and_may_not_contradict_the_configuration():
+    halved = dotted(PROJ) | {f"{PROJ}.alpha": torch.tensor([2.0])}
+    plain, half = (prolora.convert(lora).adapter.updates for lora in (dotted(PROJ), halved))
     assert torch.equal(plain[PROJ[5:]].up / 2, half[PROJ[5:]].up)
 
 
@@ -183,6 +176,6 @@ def test_a_configuration_for_another_rank_or_component_is_refused():
 
 @pytest.mark.parametrize("text", ["{", "[]", "null", '{"unet.r": "4"}', "[" * 100_000])
 def test_a_damaged_configuration_in_the_header_is_refused(tmp_path, text):
-    path = kohya_file(tmp_path / "lora.safetensors", metadata={METADATA_KEY: text})
-    with pytest.raises(UnsupportedFormat, match=METADATA_KEY):
+    path = kohya_file(tmp_path / "lora.safetensors", metadata={"lora_adapter_metadata": text})
+    with pytest.raises(UnsupportedFormat, match="lora_adapter_metadata"):
         prolora.convert(path)

@@ -11,10 +11,10 @@ from lora_files import (
     LINEAR,
     adapter_of,
     attached,
-    factors,
+    dense,
     kohya_file,
+    pair,
     same_updates,
-    save,
     through_diffusers,
     tiny_unet,
 )
@@ -22,16 +22,7 @@ from lora_files import (
 import prolora
 from prolora import Adapter, LowRank
 from prolora.adapters.formats import encoding
-from prolora.adapters.keys.codec import SEVERAL, Codec
-from prolora.architectures.family import KOHYA
-from prolora.architectures.shared_names import unet_names
-from prolora.errors import (
-    NonFiniteWeights,
-    OutputError,
-    ProLoRAError,
-    ShapeMismatch,
-    UnsupportedFormat,
-)
+from prolora.errors import NonFiniteWeights, OutputError, ShapeMismatch, UnsupportedFormat
 
 TEXT = {
     f"{encoder}.text_model.encoder.layers.{layer}.{module}": shape
@@ -39,19 +30,12 @@ TEXT = {
     for layer in (0, 1)
     for module, shape in {
         "self_attn.q_proj": (16, 16),
-        # diffusers knows kohya's attention layers of a text encoder only by this one.
-        "self_attn.out_proj": (16, 16),
+        "self_attn.out_proj": (16, 16),  # by which diffusers knows kohya's attention layers
         "mlp.fc1": (24, 16),
     }.items()
 }
 ALL = {**LINEAR, **CONV, **TEXT}
-SDXL = Codec(unet_names(), format="kohya", spelling=KOHYA, encoders=frozenset({SEVERAL}))
 MIXED = [2, 4, 3, 2, 2]  # the most common rank is not the largest
-DTYPES = [torch.float16, torch.bfloat16, torch.float32]
-
-
-def dense(adapter):
-    return {name: update.dense() for name, update in adapter.updates.items()}
 
 
 def stored(adapter, dtype):
@@ -82,20 +66,6 @@ def test_diffusers_attaches_exactly_what_was_written(tmp_path, written, rank, dt
         same_updates(stored(adapter, dtype), found)
 
 
-@pytest.mark.parametrize(("alpha", "dtype"), [(None, torch.bfloat16), (2.0, torch.float16)])
-def test_text_encoders_of_a_kohya_file_are_those_that_diffusers_attaches(tmp_path, alpha, dtype):
-    tensors = {}
-    for seed, (name, shape) in enumerate({**LINEAR, **TEXT}.items()):
-        up, down = factors(shape, 4, seed, dtype)
-        stem = SDXL.write(name)
-        tensors |= {f"{stem}.lora_up.weight": up, f"{stem}.lora_down.weight": down}
-        if alpha is not None:
-            # The same for all: diffusers takes the most common one for attention modules.
-            tensors[f"{stem}.alpha"] = torch.tensor(alpha, dtype=dtype)
-    save(tmp_path / "out.safetensors", tensors)
-    attach_text_encoders(tmp_path / "out.safetensors", prolora.convert(tensors).adapter)
-
-
 @pytest.mark.parametrize("rank", [4, MIXED], ids=["one rank", "mixed ranks"])
 @pytest.mark.parametrize("format", ["kohya", "diffusers"])
 def test_diffusers_attaches_both_text_encoders_exactly(tmp_path, format, rank):
@@ -116,14 +86,8 @@ def attach_text_encoders(path, adapter):
         unet_config=SimpleNamespace(layers_per_block=2),
         return_lora_metadata=True,
     )
-    config = CLIPTextConfig(
-        vocab_size=20,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        projection_dim=8,
-    )
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "projection_dim": 8, "vocab_size": 20}
+    config = CLIPTextConfig(num_hidden_layers=2, num_attention_heads=2, **sizes)
     encoders = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
     for prefix, kind in encoders.items():
         encoder = kind(config)
@@ -156,10 +120,9 @@ def test_a_module_whose_name_ends_another_keeps_its_own_rank(tmp_path):
     shapes = {"proj_out": (4, 6), "single_transformer_blocks.0.proj_out": (5, 7)}
     shapes |= {f"single_transformer_blocks.{i}.proj_mlp": (5, 7) for i in (0, 1)}
     adapter = adapter_of(shapes, [2, 3, 3, 3])
-    for format in ("diffusers", "peft"):
-        out = tmp_path / {"diffusers": "x.safetensors"}.get(format, format)
-        prolora.convert(adapter, out=out, format=format, dtype="float32")
-        same_updates(adapter, dense(prolora.convert(out).adapter))
+    for format, name in (("diffusers", "x.safetensors"), ("peft", "peft")):
+        prolora.convert(adapter, out=tmp_path / name, format=format, dtype="float32")
+        same_updates(adapter, dense(prolora.convert(tmp_path / name).adapter))
     config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     assert config["rank_pattern"] == {"^proj_out": 2}
 
@@ -184,13 +147,6 @@ def test_an_alpha_that_the_dtype_cannot_hold_is_stored_wider():
     assert read_written(adapter)[0]["lora_unet_conv_in.alpha"] == 257
 
 
-def test_convolutions_are_written_in_the_shape_of_convolutions():
-    shapes = {key: tuple(t.shape) for key, t in read_written(adapter_of(CONV))[0].items()}
-    stem = "lora_unet_down_blocks_1_resnets_0_conv1"
-    assert shapes[f"{stem}.lora_down.weight"] == (4, 8, 3, 3)
-    assert shapes[f"{stem}.lora_up.weight"] == (16, 4, 1, 1)
-
-
 def test_diffusers_files_have_no_alpha_and_no_configuration_unless_ranks_differ(tmp_path):
     for rank, parts in ((4, set()), (MIXED, {"unet", "text_encoder", "text_encoder_2"})):
         out = tmp_path / f"{len(parts)}.safetensors"
@@ -201,16 +157,23 @@ def test_diffusers_files_have_no_alpha_and_no_configuration_unless_ranks_differ(
         assert {key.split(".")[0] for key in table} == parts
 
 
+FC1, TE_Q = "text_model.encoder.layers.0.mlp.fc1", "text_model.encoder.layers.0.self_attn.q_proj"
+CLIP_H = {f"text_encoder.{TE_Q}": (1024, 1024)}
+
+
 @pytest.mark.parametrize(
-    ("shapes", "spelling", "prefix"),
+    ("shapes", "spelling", "format", "prefix"),
     [
-        ({"text_encoder.text_model.encoder.layers.0.mlp.fc1": (6, 5)}, "diffusers", "lora_te_"),
-        ({"text_encoder.text_model.encoder.layers.0.mlp.fc1": (6, 5)}, "sgm", "lora_te1_"),
-        (TEXT, "diffusers", "lora_te1_"),
+        ({f"text_encoder.{FC1}": (6, 5)}, "diffusers", "kohya", "lora_te_"),
+        ({f"text_encoder.{FC1}": (6, 5)}, "sgm", "kohya", "lora_te1_"),
+        (TEXT, "diffusers", "kohya", "lora_te1_"),
+        (CLIP_H, "diffusers", "comfy", "text_encoders.clip_h.transformer.text_model."),  # SD2's
     ],
 )
-def test_text_encoders_are_numbered_where_there_are_two(shapes, spelling, prefix):
-    keys = read_written(adapter_of(shapes, spelling=spelling))[0]
+def test_text_encoders_are_numbered_where_there_are_two_and_named_for_comfyui(
+    shapes, spelling, format, prefix
+):
+    keys = read_written(adapter_of(shapes, 1, spelling=spelling), format=format)[0]
     assert any(key.startswith(prefix) for key in keys)
 
 
@@ -226,12 +189,6 @@ def test_sgm_stays_sgm_but_for_the_four_blocks_of_sd1(block, stem):
     assert f"{stem}.alpha" in read_written(adapter_of(shapes, spelling="sgm"))[0]
 
 
-def test_comfy_calls_the_text_encoder_of_sd2_by_its_own_name():
-    shapes = {"text_encoder.text_model.encoder.layers.0.self_attn.q_proj": (1024, 1024)}
-    keys = read_written(adapter_of(shapes, 1), format="comfy")[0]
-    assert all(key.startswith("text_encoders.clip_h.transformer.text_model.") for key in keys)
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_factors_are_stored_in_the_dtype_asked_for_and_float8_as_float16(dtype):
     adapter = adapter_of(LINEAR, dtype=torch.float8_e4m3fn)
@@ -239,7 +196,7 @@ def test_factors_are_stored_in_the_dtype_asked_for_and_float8_as_float16(dtype):
     assert {t.dtype for t in tensors.values()} == {dtype}
     same_updates(adapter, dense(back), max(4 * torch.finfo(dtype).eps, 1e-6))
     assert read_written(adapter)[1].dtype == torch.float16
-    with pytest.raises(ProLoRAError, match="float8_e4m3fn"):
+    with pytest.raises(prolora.ProLoRAError, match="float8_e4m3fn"):
         prolora.convert(adapter, dtype=torch.float8_e4m3fn).state_dict()
 
 
@@ -281,7 +238,7 @@ def test_what_a_dtype_cannot_hold_is_not_written_and_named(tmp_path, up, down, d
     [
         (lambda tensors: dict(list(tensors.items())[3:]), "with other modules than written: no "),
         (lambda tensors: {k: x * 2 if not x.dim() else x for k, x in tensors.items()}, "scale"),
-        (lambda tensors: tensors | kohya_tensors("conv_out"), "conv_out was not written"),
+        (lambda tensors: tensors | pair("lora_unet_conv_out", (2, 2)), "conv_out was not written"),
     ],
     ids=["missing", "scale", "foreign"],
 )
@@ -293,11 +250,6 @@ def test_an_output_that_fails_leaves_the_old_file_as_it_was(tmp_path, monkeypatc
         prolora.convert(adapter_of(LINEAR), out=path, overwrite=True)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
-
-
-def kohya_tensors(stem):
-    names = [f"lora_unet_{stem}.lora_{end}.weight" for end in ("up", "down")]
-    return {name: torch.ones(2, 2) for name in names}
 
 
 @pytest.mark.parametrize(
@@ -348,24 +300,7 @@ def test_a_lora_of_sdxl_has_kohyas_own_names_whatever_it_came_in(spelling):
         "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k": (640, 2048),
     }
     adapter = adapter_of(shapes, format="diffusers", spelling=spelling)
-    keys, _ = read_written(adapter, format="kohya")
-    assert {key.partition(".")[0] for key in keys} == {
-        "lora_unet_label_emb_0_0",
-        "lora_unet_output_blocks_2_2_conv",
-        "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k",
-    }
-
-
-def test_transformers_that_are_not_flux_keep_diffusers_names_in_comfyui():
-    """Qwen-Image's attention has FLUX's names, but more blocks; no loader maps FLUX's own on it."""
-    shapes = {
-        f"transformer_blocks.{block}.attn.{name}": (3072, 3072)
-        for block in (0, 59)
-        for name in ("to_q", "to_k", "add_q_proj", "to_out.0")
-    }
-    adapter = adapter_of(shapes, rank=2)
-    keys, back = read_written(adapter, format="comfy")
-    ends = [f"lora_{side}.weight" for side in "AB"]
-    assert keys.keys() == {f"diffusion_model.{name}.{end}" for name in shapes for end in ends}
-    assert read_written(back)[0].keys() == keys.keys()
-    same_updates(back, dense(adapter))
+    names = ("label_emb_0_0", "output_blocks_2_2_conv")
+    names += ("input_blocks_4_1_transformer_blocks_0_attn2_to_k",)
+    written = {key.partition(".")[0] for key in read_written(adapter, format="kohya")[0]}
+    assert written == {f"lora_unet_{name}" for name in names}

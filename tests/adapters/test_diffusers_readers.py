@@ -11,13 +11,13 @@ import torch
 from diagonal import mark_size
 from family_loras import make_updates, measure_difference
 from loader_programs.diffusers import DIFFUSERS_PIPELINES
+from lora_files import adapter_for, factors
 from published_models import PUBLISHED
 from published_unets import UNETS
 
-from prolora import Adapter, LowRank
-from prolora.adapters import encode_state_dict, read_adapter, write_adapter
+import prolora
+from prolora import LowRank
 from prolora.architectures.families import known_families
-from prolora.architectures.identify import Model
 from prolora.architectures.layouts import load_layout
 from prolora.architectures.loaders import find_reach, name_row
 
@@ -37,6 +37,12 @@ CASES = [
     == "whole"
     if layout in UNETS or not family.unet or layout in PUBLISHED
 ]
+
+
+def write(id_, updates, format):
+    """The tensors of a family's LoRA, as prolora writes them."""
+    adapter = adapter_for(id_, updates)
+    return prolora.convert(adapter, format=format, dtype="float32").state_dict()
 
 
 def read_by_diffusers(id_, layout, tensors):
@@ -59,10 +65,10 @@ def read_by_diffusers(id_, layout, tensors):
         end = suffix.removesuffix(".weight").lstrip("._")
         modules.setdefault(path, {})[{"A": "down", "B": "up"}.get(end, end)] = tensor
     updates = {}
-    for path, factors in modules.items():
-        assert factors.keys() == {"down", "up"}, path
-        alpha = (alphas or {}).get(f"{prefix}{path}.alpha", factors["down"].shape[0])
-        up, down = factors["up"].flatten(1), factors["down"].flatten(1)
+    for path, given in modules.items():
+        assert given.keys() == {"down", "up"}, path
+        alpha = (alphas or {}).get(f"{prefix}{path}.alpha", given["down"].shape[0])
+        up, down = given["up"].flatten(1), given["down"].flatten(1)
         updates[path] = LowRank(up * (float(alpha) / len(down)), down)
     return updates
 
@@ -83,8 +89,7 @@ def test_a_pipeline_of_diffusers_reads_every_module_with_the_same_update(id_, la
         return find_reach(family, row, [module]).get("diffusers") == "whole"
 
     updates = make_updates(layout, is_read)
-    written = encode_state_dict(Adapter(updates, origin=Model.of(id_)), format=format)
-    read = read_by_diffusers(id_, layout, written)
+    read = read_by_diffusers(id_, layout, write(id_, updates, format))
     assert read.keys() == updates.keys()
     for name, update in updates.items():
         assert measure_difference(read[name], update) < 1e-6, name
@@ -96,8 +101,7 @@ def test_a_pipeline_of_diffusers_reads_every_module_with_the_same_update(id_, la
 )
 def test_what_a_reader_of_diffusers_stopped_at_still_stops_it(id_, layout, format):
     """Where this fails, diffusers has learned it, and the table is to be made again."""
-    updates = make_updates(layout)
-    written = encode_state_dict(Adapter(updates, origin=Model.of(id_)), format=format)
+    written = write(id_, make_updates(layout), format)
     with pytest.raises(ValueError, match=r"Incompatible keys|should be empty"):
         read_by_diffusers(id_, layout, written)
 
@@ -107,25 +111,19 @@ def test_what_a_reader_of_diffusers_stopped_at_still_stops_it(id_, layout, forma
 def test_anima_s_adapter_of_text_reaches_the_model_that_diffusers_makes_of_it(
     format, ranks, tmp_path
 ):
-    generator = torch.Generator().manual_seed(0)
     names = ["transformer_blocks.0.attn1.to_q", "llm_adapter.blocks.0.cross_attn.q_proj"]
     names += ["llm_adapter.blocks.1.mlp.0", "llm_adapter.out_proj"]
-    model = diffusers.AnimaTextConditioner(
-        source_dim=8, target_dim=8, model_dim=8, num_layers=2, num_attention_heads=2
-    )
-    layers = dict(model.named_modules())
-    updates = {}
+    sizes = {"source_dim": 8, "target_dim": 8, "model_dim": 8}
+    model = diffusers.AnimaTextConditioner(**sizes, num_layers=2, num_attention_heads=2)
+    layers, updates = dict(model.named_modules()), {}
     for i, name in enumerate(names):
         layer = layers.get(name.removeprefix("llm_adapter."))
-        m, n = layer.weight.shape if layer else (2048, 2048)
-        rank = ranks[i % 2]
-        factors = (torch.randn(*size, generator=generator) for size in ((m, rank), (rank, n)))
-        updates[name] = LowRank(*factors)
-    path = tmp_path / "anima.safetensors"
-    adapter = Adapter(updates, format=format, origin=Model.of("cosmos"))
-    write_adapter(adapter, path, format=format, dtype=torch.float32)
-    back = read_adapter(path)
-    assert back.updates.keys() == updates.keys() and not back.left_out
+        shape = layer.weight.shape if layer else (2048, 2048)
+        updates[name] = LowRank(*factors(shape, ranks[i % 2], i))
+    path, adapter = tmp_path / "anima.safetensors", adapter_for("cosmos", updates)
+    prolora.convert(adapter, out=path, format=format, dtype="float32")
+    back = prolora.convert(path)
+    assert back.adapter.updates.keys() == updates.keys() and not back.report.left_out
     pipeline = diffusers.AnimaModularPipeline
     state, metadata = pipeline.lora_state_dict(path, return_lora_metadata=True)
     assert {key.split(".")[0] for key in state} == {"transformer", "text_conditioner"}
@@ -137,17 +135,14 @@ def test_anima_s_adapter_of_text_reaches_the_model_that_diffusers_makes_of_it(
         assert torch.allclose(added, updates[name].dense(), atol=1e-5), name
 
 
-def test_what_diffusers_reads_with_its_rows_in_another_order_is_not_called_whole():
+@pytest.mark.parametrize(("format", "right"), [("comfy", False), ("diffusers", True)])
+def test_what_diffusers_reads_with_its_rows_in_another_order_is_not_called_whole(format, right):
     """FLUX.2 by its authors' names: the halves of the last modulation are not swapped."""
-    family = FAMILIES["flux2"]
-    update = LowRank(torch.arange(24.0)[:, None], torch.ones(1, 12))
-    adapter = Adapter({"norm_out.linear": update}, origin=Model.of("flux2"))
-    for format, reach in (("comfy", "none"), ("diffusers", "whole")):
-        tensors = encode_state_dict(adapter, format=format, dtype=torch.float32)
-        read = read_by_diffusers("flux2", "flux2-dev", tensors)["norm_out.linear"]
-        assert torch.equal(read.dense(), update.dense()) == (reach == "whole")
-        row = name_row(family, format, family.spellings[format])
-        assert find_reach(family, row, ["norm_out.linear"]).get("diffusers", "none") == reach
-    usual = [*load_layout("flux2-dev").adapted, "norm_out.linear"]
-    row = name_row(family, "comfy", family.spellings["comfy"])
-    assert find_reach(family, row, usual)["diffusers"] == "part"
+    last, update = "norm_out.linear", LowRank(torch.arange(24.0)[:, None], torch.ones(1, 12))
+    read = read_by_diffusers("flux2", "flux2-dev", write("flux2", {last: update}, format))
+    assert torch.equal(read[last].dense(), update.dense()) == right
+    lora = write("flux2", {last: LowRank(torch.ones(12288, 1), torch.ones(1, 6144))}, format)
+    usual = write("flux2", make_updates("flux2-dev"), format)
+    for tensors, fallen in ((lora, "none"), (lora | usual, "part")):
+        found = prolora.check(prolora.Lora.open(tensors, {"ss_base_model_version": "flux2"}))
+        assert "diffusers" in getattr(found.readers, "whole" if right else fallen)

@@ -1,12 +1,55 @@
-"""Which family a LoRA is taken for: none rather than the wrong one."""
+"""Which family a LoRA is for, by blocks, shapes, names and header: never the wrong one."""
 
 import pytest
 import torch
+from lora_files import adapter_for
 
-from prolora.adapters import BaseNames, encode_state_dict, read_adapter
-from prolora.architectures.identify import Model, identify
+import prolora
+from prolora import LowRank, check
 from prolora.architectures.layouts import load_layout
 from prolora.architectures.modules import matrix_shape
+
+
+def dotted(prefix):
+    return lambda name: f"{prefix}{name}.lora_{{}}.weight", "BA"
+
+
+def underscored(prefix):
+    return lambda name: f"{prefix}{name.replace('.', '_')}.lora_{{}}.weight", ("up", "down")
+
+
+TRANSFORMER = dotted("transformer.")
+
+
+def spell_lora(shapes, spelling=TRANSFORMER):
+    """A LoRA of rank 1 on modules of these sizes."""
+    name_key, (up, down) = spelling
+    tensors = {}
+    for name, (out, inputs) in shapes.items():
+        tensors[name_key(name).format(up)] = torch.zeros(1).expand(out, 1)
+        tensors[name_key(name).format(down)] = torch.zeros(1).expand(1, inputs)
+    return tensors
+
+
+def ask(shapes, claim=None, spelling=TRANSFORMER):
+    """What `check` says of such a LoRA with a claim in its header."""
+    header = {"ss_base_model_version": claim} if claim else {}
+    return check(prolora.Lora.open(spell_lora(shapes, spelling), header))
+
+
+def list_shapes(layout, keep=lambda name: True):
+    """Module -> (out, in) of the linear layers of a published size."""
+    shapes = load_layout(layout).shapes.items()
+    return {name: shape for name, shape in shapes if len(shape) == 2 and keep(name)}
+
+
+def write_lora(layout, family, format, keep):
+    """A LoRA of rank 1 as prolora writes it."""
+    updates = {
+        name: LowRank(torch.zeros(out, 1), torch.zeros(1, inputs))
+        for name, (out, inputs) in list_shapes(layout, keep).items()
+    }
+    return prolora.convert(adapter_for(family, updates), format=format).state_dict()
 
 
 @pytest.mark.parametrize(
@@ -24,28 +67,27 @@ from prolora.architectures.modules import matrix_shape
     ],
 )
 def test_a_block_beyond_the_last_one_of_a_family_is_of_another(names, width, families):
-    shapes = dict.fromkeys(names, (width, width))
-    found = identify(shapes, {}).families
+    found = ask(dict.fromkeys(names, (width, width))).families
     assert set(families.split()) <= set(found) and (families or not found)
 
 
 def test_a_module_beside_the_blocks_of_other_channels_hides_no_family():
     shapes = load_layout("wan-t2v-14b").shapes.items()
     known = {n: matrix_shape(s) for n, s in shapes if n.startswith("blocks.")}
-    found = identify(known | {"patch_embedding": (5120, 37)}, {})
+    found = ask(known | {"patch_embedding": (5120, 37)})
     assert found.families == ("wan",) and "wan-t2v-14b" in found.sizes
 
 
 def test_metadata_decide_between_families_of_equal_sizes_and_add_no_other():
     shapes = {"single_transformer_blocks.37.attn.to_q": (3072, 3072)}
-    fitting = identify(shapes, {})
+    fitting = ask(shapes)
     assert "flux" in fitting.families and len(fitting.families) > 1
-    assert identify(shapes, {"ss_base_model_version": "flux1"}).families == ("flux",)
-    other = identify(shapes, {"ss_base_model_version": "qwen_image"})
-    assert (other.families, other.claimed) == (fitting.families, "qwen-image")
+    assert ask(shapes, "flux1").families == ("flux",)
+    other = ask(shapes, "qwen_image")
+    assert (other.families, other.family_claimed) == (fitting.families, "qwen-image")
     wider = {"single_transformer_blocks.37.attn.to_q": (100, 100)}  # of no published size
-    assert identify(wider, {"ss_base_model_version": "flux1"}).names == ("flux",)
-    assert identify(wider, {"ss_base_model_version": "wan"}).names == identify(wider, {}).names
+    assert ask(wider, "flux1").named == ("flux",)
+    assert ask(wider, "wan").named == ask(wider).named != ("wan",)
 
 
 @pytest.mark.parametrize(
@@ -58,38 +100,139 @@ def test_metadata_decide_between_families_of_equal_sizes_and_add_no_other():
 )
 def test_proportions_tell_families_apart_where_no_size_is_known(name, shape, family):
     """Half as wide as any published one."""
-    assert identify({name: shape}, {}).names == (family,)
+    assert ask({name: shape}).named == (family,)
 
 
-@pytest.mark.parametrize("format", ["kohya", "comfy", "diffusers"])
+ANIMA = {
+    "kohya": ("lora_unet_blocks_0_self_attn_q_proj", "lora_te_"),
+    "comfy": (
+        "diffusion_model.blocks.0.self_attn.q_proj",
+        "text_encoders.qwen3_06b.transformer.model.",
+    ),
+    "diffusers": ("transformer.transformer_blocks.0.attn1.to_q", "text_encoder."),
+}
+
+
+@pytest.mark.parametrize("format", ANIMA)
 def test_the_text_encoder_of_anima_is_read_and_written_by_every_name(format):
     """sd-scripts trains Qwen3; there may be more of it than of the transformer."""
-    leaves = ["self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj"]
+    leaves = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj")
     inside = [f"layers.{i}.{leaf}" for i in range(3) for leaf in (*leaves, "mlp.down_proj")]
-    starts = {
-        "kohya": ("lora_unet_blocks_0_self_attn_q_proj", "lora_te_"),
-        "comfy": ("diffusion_model.blocks.0.self_attn.q_proj", "text_encoders.qwen3_06b."),
-        "diffusers": ("transformer.transformer_blocks.0.attn1.to_q", "text_encoder."),
+    main, start = ANIMA[format]
+    shapes = {main: (2048, 2048)}
+    shapes |= {
+        start + (name.replace(".", "_") if format == "kohya" else name): (1024, 1024)
+        for name in inside
     }
-    starts["comfy"] = starts["comfy"][0], f"{starts['comfy'][1]}transformer.model."
-    main, start = starts[format]
-    stems = [start + (name.replace(".", "_") if format == "kohya" else name) for name in inside]
-    factors = ("lora_up", "lora_down") if format == "kohya" else ("lora_B", "lora_A")
-    tensors = {}
-    for i, stem in enumerate([main, *stems]):
-        width = 2048 if stem == main else 1024
-        tensors[f"{stem}.{factors[0]}.weight"] = torch.full((width, 2), i + 1.0)
-        tensors[f"{stem}.{factors[1]}.weight"] = torch.ones(2, width)
-    adapter = read_adapter(tensors, base=BaseNames(Model.of("cosmos")))
+    tensors = spell_lora(shapes, underscored("") if format == "kohya" else dotted(""))
+    tensors = {key: torch.ones(x.shape) for key, x in tensors.items()}
+    made = prolora.convert(prolora.Lora.open(tensors, {"ss_base_model_version": "anima"}))
     names = ["transformer_blocks.0.attn1.to_q", *(f"text_encoder.{name}" for name in inside)]
-    assert list(adapter.updates) == names and not adapter.left_out
-    assert adapter.model.family == "cosmos"
-    written = encode_state_dict(adapter, dtype=torch.float32)
-    assert {key for key in written if not key.endswith("alpha")} == tensors.keys()
-    others = {name: encode_state_dict(adapter, format=name) for name in starts}
+    assert list(made.adapter.updates) == names and not made.report.left_out
+    assert made.adapter.model.family == "cosmos"
+    assert {key for key in made.state_dict() if not key.endswith("alpha")} == tensors.keys()
+    others = {name: made.state_dict(name) for name in ANIMA}
     for name, other in others.items():
-        assert any(key.startswith(starts[name][1]) for key in other)
+        assert any(key.startswith(ANIMA[name][1]) for key in other)
     scripts = {
         k.replace("text_encoder.", "text_encoder.qwen3."): t for k, t in others["diffusers"].items()
     }
-    assert read_adapter(scripts).updates.keys() == adapter.updates.keys()
+    assert prolora.convert(scripts).adapter.updates.keys() == made.adapter.updates.keys()
+
+
+def test_a_lora_without_modulation_is_for_flux_or_chroma_and_not_for_hunyuan_video():
+    adapted = set(load_layout("flux1-dev").adapted)
+    found = check(write_lora("flux1-dev", "flux", "kohya", adapted.__contains__))
+    assert found.families == ("flux", "chroma")
+    assert "Forge" in found.readers.whole  # which has both
+    assert "InvokeAI" not in found.readers.part + found.readers.none  # which reads FLUX.1 whole
+
+
+def test_a_lokr_has_the_shape_of_its_product():
+    """18432 × 6144 is FLUX.2 dev's fused q, k and v and nobody else's."""
+    shapes = {"w1": (16, 16), "w2_a": (1152, 4), "w2_b": (4, 384)}
+    name = "diffusion_model.double_blocks.0.img_attn.qkv"
+    tensors = {f"{name}.lokr_{role}": torch.zeros(shape) for role, shape in shapes.items()}
+    assert check(tensors | {f"{name}.alpha": torch.tensor(4.0)}).families == ("flux2",)
+
+
+@pytest.mark.parametrize(
+    ("layout", "part"), [("ltx2", ".audio_attn1"), ("ideogram4", ".feed_forward")]
+)
+def test_modules_that_everybody_calls_the_same_leave_the_file_in_comfyuis_format(layout, part):
+    found = check(write_lora(layout, layout, "comfy", lambda name: part in name))
+    assert found.family == layout and "ComfyUI" in found.readers.whole
+    assert "diffusers" in found.readers.whole + found.readers.part
+
+
+def test_the_prefix_of_diffsynths_pipelines_is_cut_off():
+    shapes = {f"blocks.{i}.self_attn.q": (5120, 5120) for i in range(4)}
+    name_key, sides = dotted("pipe.dit.")
+    spelling = lambda name: name_key(name).replace(".weight", ".default.weight"), sides
+    found = ask(shapes, spelling=spelling)
+    assert found.family == "wan" and not found.reason
+    moved = prolora.convert(spell_lora(shapes, spelling), format="comfy").state_dict()
+    assert "diffusion_model.blocks.3.self_attn.q.lora_A.weight" in moved
+
+
+def test_what_one_program_reads_makes_no_family_certain():
+    """A first block's attention as OneTrainer spells it; Qwen-Image has the same shapes."""
+    leaves = ("to_q", "to_k", "to_v", "add_q_proj")
+    shapes = {f"transformer_blocks.0.attn.{leaf}": (3072, 3072) for leaf in leaves}
+    found = ask(shapes, spelling=underscored("lora_transformer_"))
+    assert found.family is None and {"flux", "qwen-image"} <= set(found.families)
+    claimed = ask(shapes, "qwen-image", underscored("lora_transformer_"))
+    assert claimed.families == ("qwen-image",)
+
+
+def test_nobody_is_said_to_read_a_kind_that_was_not_tried():
+    key = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k"
+    found = check({f"{key}.lokr_w1": torch.ones(4, 4), f"{key}.lokr_w2": torch.ones(160, 512)})
+    assert found.family == "sdxl" and found.readers == (("ComfyUI",), (), ("diffusers",), ())
+
+
+@pytest.mark.parametrize(
+    ("layout", "spelling"),
+    [
+        ("hidream-o1", dotted("diffusion_model.")),  # ai-toolkit
+        ("hidream-o1", dotted("diffusion_model.model.")),  # ai-toolkit's first
+        ("hidream-o1", underscored("lora_unet_model_")),  # musubi-tuner
+        ("hidream-o1", underscored("lora_unet_")),
+        ("omnigen2", dotted("diffusion_model.")),  # ai-toolkit
+        ("omnigen2", dotted("transformer.")),  # its authors
+        ("omnigen2", dotted("")),
+        ("omnigen2", underscored("lora_unet_")),
+    ],
+)
+def test_trainers_spellings_of_hidream_o1_and_omnigen2_are_recognised(layout, spelling):
+    adapted = set(load_layout(layout).adapted)
+    found = ask(list_shapes(layout, adapted.__contains__), spelling=spelling)
+    assert found.families == (layout,)
+    assert not found.reason and set(found.modules) == {"transformer"}
+
+
+def test_musubis_hidream_o1_keeps_its_spelling_and_comfyuis_gets_no_prefix():
+    adapted = set(load_layout("hidream-o1").adapted)
+    shapes = list_shapes("hidream-o1", adapted.__contains__)
+    lora = spell_lora(shapes, underscored("lora_unet_model_"))
+    assert {"musubi-tuner", "ComfyUI"} <= {*check(lora).readers.none}  # musubi wants alphas
+    made = prolora.convert(lora)
+    assert "musubi-tuner" in check(made.state_dict()).readers.whole
+    assert all(key.startswith("lora_unet_model_") for key in made.state_dict())
+    key = "diffusion_model.language_model.layers.0.mlp.up_proj.lora_A.weight"
+    assert key in made.state_dict("comfyui")
+
+
+def test_blocks_of_chroma_are_also_those_of_its_radiance():
+    blocks = write_lora("chroma-radiance", "chroma", "comfy", lambda n: "transformer_blocks." in n)
+    found = check(blocks)
+    assert "chroma" in found.families and "ComfyUI" in found.readers.whole
+    found = check(write_lora("chroma-radiance", "chroma", "comfy", lambda name: "nerf" in name))
+    assert found.families == ("chroma",) and "Forge" in found.readers.none
+
+
+@pytest.mark.parametrize("layout", ["cogvideox-2b", "cogvideox1.5-5b"])
+def test_a_transformer_with_a_module_that_unets_have_too_is_recognised(layout):
+    shapes = list_shapes(layout)
+    assert "time_embedding.linear_1" in shapes and ask(shapes).families == ("cogvideox",)
+    assert ask(list_shapes(layout, lambda n: n.startswith("time_embedding"))).families == ()

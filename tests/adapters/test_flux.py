@@ -2,12 +2,12 @@
 
 import gzip
 import json
-from dataclasses import replace
 from functools import cache
 
 import pytest
 import torch
-from lora_files import DATA, factors, save
+from family_loras import measure_difference
+from lora_files import DATA, adapter_for, factors, pair, save
 
 import prolora
 from prolora import LowRank
@@ -48,15 +48,6 @@ def original_shape(name):
     return sum(entry[4][0] for entry in parts), parts[0][4][1]
 
 
-def difference(first, second):
-    """‖A − B‖/‖B‖ of two products, without forming them."""
-    up = torch.cat([first.up.double(), -second.up.double()], 1)
-    down = torch.cat([first.down.double(), second.down.double()])
-    _, left = torch.linalg.qr(up)
-    _, right = torch.linalg.qr(down.mT)
-    return ((left @ right.mT).norm() / second.norm()).item()
-
-
 def through_diffusers(tensors):
     """Module -> update as diffusers converts a FLUX file; factors in float32, values as stored."""
     from diffusers import FluxPipeline
@@ -75,21 +66,18 @@ def through_diffusers(tensors):
 def same(adapter, expected, tolerance=1e-6):
     assert set(adapter.updates) == set(expected)
     for name, update in adapter.updates.items():
-        assert difference(update, expected[name]) < tolerance, name
+        assert measure_difference(update, expected[name]) < tolerance, name
 
 
-def kohya_flux(rank=4, alpha=None, dtype=torch.float32):
-    """A LoRA in sd-scripts' spelling; alpha is None, a number or a function of the rank."""
+def kohya_flux(alpha=None, dtype=torch.float32):
+    """A LoRA in sd-scripts' spelling; alpha is None or a function of rank and number."""
     tensors = {}
     for seed, name in enumerate((*FUSED, *PLAIN)):
-        stem = "lora_unet_" + name.replace(".", "_")
-        up, down = factors(original_shape(name), rank + seed % 3, seed, dtype)
-        tensors |= {f"{stem}.lora_up.weight": up, f"{stem}.lora_down.weight": down}
+        stem, rank = "lora_unet_" + name.replace(".", "_"), 4 + seed % 3
+        tensors |= pair(stem, original_shape(name), rank, seed, dtype)
         # diffusers drops the alphas of the last layer, so they are 1 here.
         if alpha is not None and not name.startswith("final_layer"):
-            tensors[f"{stem}.alpha"] = torch.tensor(
-                float(alpha(rank + seed % 3, seed)), dtype=dtype
-            )
+            tensors[f"{stem}.alpha"] = torch.tensor(float(alpha(rank, seed)), dtype=dtype)
     return tensors
 
 
@@ -110,17 +98,14 @@ def test_a_kohya_file_has_the_updates_that_diffusers_reads(tmp_path, alpha, dtyp
 
 
 def test_a_block_diagonal_update_comes_apart_into_the_ranks_it_was_trained_with():
-    tensors, expected = {}, {}
+    expected = {}
     for name, rank in (("double_blocks.0.img_attn.qkv", 2), ("single_blocks.1.linear1", 3)):
         matrix = FLUX.find_weight(name)
-        parts = {}
         for seed, (part, share) in enumerate(zip(matrix.parts, matrix.shares, strict=True)):
-            parts[part] = LowRank(*factors((share * WIDTH, WIDTH), rank, seed))
-        whole = fused_updates.fuse_updates(matrix, parts)
-        assert whole.rank == rank * len(matrix.parts)
-        stem = "lora_unet_" + name.replace(".", "_")
-        tensors |= {f"{stem}.lora_up.weight": whole.up, f"{stem}.lora_down.weight": whole.down}
-        expected |= parts
+            expected[part] = LowRank(*factors((share * WIDTH, WIDTH), rank, seed))
+    tensors = prolora.convert(adapter_for("flux", expected), format="kohya").state_dict()
+    ranks = [len(x) for key, x in tensors.items() if "lora_down" in key]
+    assert ranks == [2 * 3, 3 * 4]
     adapter = prolora.convert(tensors).adapter
     assert {name: u.rank for name, u in adapter.updates.items()} == {
         name: u.rank for name, u in expected.items()
@@ -139,25 +124,17 @@ def test_an_xlabs_file_has_the_updates_that_diffusers_reads():
         "single_blocks.37.processor.qkv_lora": (3 * WIDTH, WIDTH),
         "single_blocks.37.processor.proj_lora": (WIDTH, 5 * WIDTH),
     }.items():
-        up, down = factors(shape, 4, len(tensors), torch.bfloat16)
-        tensors |= {f"{stem}.up.weight": up, f"{stem}.down.weight": down}
+        tensors |= pair(stem, shape, 4, len(tensors), torch.bfloat16, ends=("up", "down"))
     adapter = prolora.convert(tensors).adapter
     assert adapter.format == "diffusers"
     same(adapter, through_diffusers(tensors))
 
 
-def original_file(prefix, names_, dtype=torch.float32):
-    """Two-column factors on weights of the original checkpoint."""
-    tensors = {}
-    for seed, name in enumerate(names_):
-        up, down = factors(original_shape(name), 2, seed, dtype)
-        tensors |= {f"{prefix}{name}.lora_B.weight": up, f"{prefix}{name}.lora_A.weight": down}
-    return tensors
-
-
 def test_a_control_lora_of_the_authors_is_read_with_its_bias_and_its_norms_named():
     originals = dict.fromkeys(entry[0] for entry in keymap().values())
-    tensors = original_file("", originals)
+    tensors = {}
+    for seed, name in enumerate(originals):
+        tensors |= pair(name, original_shape(name), 2, seed, ends=("lora_B", "lora_A"))
     parts = [f"double_blocks.{i}.{stream}_attn" for i in range(19) for stream in ("img", "txt")]
     parts += [f"single_blocks.{i}" for i in range(38)]
     norms = [f"{part}.norm.{norm}.scale" for part in parts for norm in ("query_norm", "key_norm")]
@@ -173,7 +150,7 @@ def test_a_control_lora_of_the_authors_is_read_with_its_bias_and_its_norms_named
     same(adapter, expected)
     shift, scale = tensors["final_layer.adaLN_modulation.1.lora_B.weight"].chunk(2)
     down = tensors["final_layer.adaLN_modulation.1.lora_A.weight"]
-    assert difference(last, LowRank(torch.cat([scale, shift]), down)) < 1e-6
+    assert measure_difference(last, LowRank(torch.cat([scale, shift]), down)) < 1e-6
     assert set(made.report.left_out) == set(norms)
     assert list(adapter.vectors) == ["transformer_blocks.4.ff.net.0.proj.bias"]
 
@@ -195,11 +172,7 @@ def test_the_original_names_of_one_trainer_are_read_part_by_part():
     tensors, expected = {}, {}
     for seed, (stem, module) in enumerate(modules.items()):
         up, down = factors((16, 6), 2, seed)
-        tensors |= {
-            f"{stem}.lora_up.weight": up,
-            f"{stem}.lora_down.weight": down,
-            f"{stem}.alpha": torch.tensor(1.0),
-        }
+        tensors |= pair(stem, (16, 6), 2, seed) | {f"{stem}.alpha": torch.tensor(1.0)}
         if module == "norm_out.linear":
             up = torch.cat(up.chunk(2)[::-1])
         expected[module] = LowRank(up / 2, down)
@@ -221,7 +194,8 @@ T5_Q, TO_Q = "encoder.block.0.layer.0.SelfAttention.q", "transformer_blocks.0.at
     ],
 )
 def test_dots_of_one_trainer_and_other_prefixes_are_read(path, module):
-    assert Codec.of(Model.of("flux"), FLUX).read(path).name == module
+    lora = prolora.Lora.open(pair(path, (6, 5), 2), {"ss_base_model_version": "flux1"})
+    assert list(prolora.convert(lora).adapter.updates) == [module]
 
 
 def test_every_module_has_its_name_and_rows_in_every_spelling():
@@ -251,44 +225,38 @@ def test_every_module_has_its_name_and_rows_in_every_spelling():
     ("format", "dtype"), [("kohya", torch.float16), ("diffusers", torch.float32)]
 )
 def test_diffusers_reads_what_is_written(format, dtype):
+    tensors = kohya_flux(alpha=ALPHAS["half the rank"])
+    made = prolora.convert(tensors, format=format, dtype=dtype)
+    tolerance = max(8 * torch.finfo(dtype).eps, 1e-6)
+    same(prolora.convert(made.state_dict()).adapter, made.adapter.updates, tolerance)
+    if format == "kohya":  # the ranks of fused weights are kept
+        further = {f"lora_unet_final_layer_{x}.alpha" for x in ("linear", "adaLN_modulation_1")}
+        assert made.state_dict().keys() - tensors.keys() == further
+        assert all(made.state_dict()[key].shape == tensors[key].shape for key in tensors)
     # A transfer changes q, k and v apart from each other, and may leave one of them out.
-    read = prolora.convert(kohya_flux(alpha=ALPHAS["half the rank"])).adapter
     updates = {
         name: LowRank(update.up, update.down + 0.1 * i)
-        for i, (name, update) in enumerate(read.updates.items())
-        if name != "transformer_blocks.3.attn.add_k_proj" and name != "norm_out.linear"
+        for i, (name, update) in enumerate(made.adapter.updates.items())
+        if name not in ("transformer_blocks.3.attn.add_k_proj", "norm_out.linear")
     }
-    made = prolora.convert(read.with_updates(updates), format=format, dtype=dtype)
-    found = through_diffusers(made.state_dict())
+    moved = prolora.convert(made.adapter.with_updates(updates), format=format, dtype=dtype)
+    found = through_diffusers(moved.state_dict())
     left_over = found.pop("transformer_blocks.3.attn.add_k_proj", None)
     assert left_over is None or left_over.norm() == 0
-    same(read.with_updates(found), updates, max(8 * torch.finfo(dtype).eps, 1e-6))
-
-
-def test_a_kohya_file_that_is_written_again_keeps_its_fused_ranks():
-    tensors = kohya_flux(alpha=ALPHAS["half the rank"])
-    made = prolora.convert(tensors)
-    written = made.state_dict()
-    assert written.keys() - tensors.keys() == {
-        "lora_unet_final_layer_linear.alpha",
-        "lora_unet_final_layer_adaLN_modulation_1.alpha",
-    }
-    assert all(written[key].shape == tensors[key].shape for key in tensors)
-    same(prolora.convert(written).adapter, made.adapter.updates)
+    same(moved.adapter.with_updates(found), updates, tolerance)
 
 
 @pytest.mark.parametrize("smallest", [1e-3, 1e-6, 1e-9])
 def test_a_small_part_of_a_fused_weight_is_rounded_as_the_whole_is(smallest):
     """Float16 has few digits left for it, or none, and so it would in any file of this format."""
     down = 0.1 * factors((8, 12), 4, 0)[1]
-    sizes = {"q": 1.0, "k": 0.1, "v": smallest}
     updates = {
         f"transformer_blocks.0.attn.to_{part}": LowRank(
             0.05 * size * factors((12, 8), 4, i)[0], down
         )
-        for i, (part, size) in enumerate(sizes.items())
+        for i, (part, size) in enumerate({"q": 1.0, "k": 0.1, "v": smallest}.items())
     }
-    adapter = prolora.Adapter(updates, spelling="sgm", origin=Model.of("flux"))
+    adapter = adapter_for("flux", updates, spelling="sgm")
     written = prolora.convert(adapter, dtype="float16").state_dict()
     back = prolora.convert(written).adapter.updates
     whole = sum(update.norm() for update in updates.values())
@@ -299,16 +267,14 @@ def test_a_small_part_of_a_fused_weight_is_rounded_as_the_whole_is(smallest):
 
 def test_attention_that_several_families_have_gets_no_names_of_one_of_them():
     """Unless the base tells: FLUX, SD3, Qwen-Image and others share diffusers' names."""
-    name = "transformer_blocks.0.attn.to_q"
-    adapter = prolora.Adapter({name: LowRank(*factors((8, 8), 1, 0))}, format="diffusers")
+    updates = {TO_Q: LowRank(*factors((8, 8), 1, 0))}
     with pytest.raises(UnsupportedFormat, match=r"can be of .*FLUX.*different names"):
-        prolora.convert(adapter, format="kohya")
+        prolora.convert(prolora.Adapter(updates, format="diffusers"), format="kohya")
     for family, path in (
         ("flux", "lora_unet_double_blocks_0_img_attn_qkv"),
         ("qwen-image", "lora_unet_transformer_blocks_0_attn_to_q"),
     ):
-        of_one = replace(adapter, origin=Model.of(family))
-        keys = prolora.convert(of_one, format="kohya").state_dict()
+        keys = prolora.convert(adapter_for(family, updates), format="kohya").state_dict()
         assert {key.partition(".")[0] for key in keys} == {path}
 
 
@@ -321,63 +287,41 @@ def test_attention_that_several_families_have_gets_no_names_of_one_of_them():
     ],
 )
 def test_rows_that_do_not_come_out_even_are_refused(name, height):
-    up, down = factors((height, 4), 2, 0)
-    stem = f"lora_unet_{name}"
-    with pytest.raises(ShapeMismatch, match=stem):
-        prolora.convert({f"{stem}.lora_up.weight": up, f"{stem}.lora_down.weight": down})
+    with pytest.raises(ShapeMismatch, match=f"lora_unet_{name}"):
+        prolora.convert(pair(f"lora_unet_{name}", (height, 4), 2))
 
 
 def test_a_module_in_a_fused_weight_and_on_its_own_is_refused():
-    tensors = {}
-    for stem, out in (
-        ("lora_unet_double_blocks_0_img_attn_qkv", 9),
-        ("lora_transformer_transformer_blocks_0_attn_to_k", 3),
-    ):
-        up, down = factors((out, 4), 2, 0)
-        tensors |= {f"{stem}.lora_up.weight": up, f"{stem}.lora_down.weight": down}
+    tensors = pair("lora_unet_double_blocks_0_img_attn_qkv", (9, 4), 2)
+    tensors |= pair("lora_transformer_transformer_blocks_0_attn_to_k", (3, 4), 2)
     with pytest.raises(UnsupportedFormat, match=r"both update transformer_blocks\.0\.attn\.to_k"):
         prolora.convert(tensors)
 
 
-def test_parts_of_different_weights_are_not_put_together():
-    matrix = FLUX.find_weight("double_blocks.0.img_attn.qkv")
-    parts = {name: LowRank(*factors((8 + i, 8), 2, i)) for i, name in enumerate(matrix.parts)}
-    with pytest.raises(ShapeMismatch, match="cannot be put together"):
-        fused_updates.fuse_updates(matrix, parts)
-
-
 def test_t5_is_the_second_text_encoder_of_flux_and_the_third_beside_a_second_clip():
     """Whatever it is called."""
-    q = "encoder.block.0.layer.0.SelfAttention.q"
     flux, clip = "lora_unet_single_blocks_0_linear2", "lora_te2_text_model_encoder_layers_0_mlp_fc1"
     for key, beside, number in (
-        (f"lora_te3_{q.replace('.', '_')}", flux, 2),
-        (f"lora_te2_{q.replace('.', '_')}", flux, 2),
-        (f"text_encoders.t5xxl.transformer.{q}", flux, 2),
-        (f"text_encoder_3.{q}", flux, 3),
-        (f"lora_te3_{q.replace('.', '_')}", clip, 3),
+        (f"lora_te3_{T5_Q.replace('.', '_')}", flux, 2),
+        (f"lora_te2_{T5_Q.replace('.', '_')}", flux, 2),
+        (f"text_encoders.t5xxl.transformer.{T5_Q}", flux, 2),
+        (f"text_encoder_3.{T5_Q}", flux, 3),
+        (f"lora_te3_{T5_Q.replace('.', '_')}", clip, 3),
     ):
-        up, down = factors((4, 4), 2, 0)
-        tensors = {f"{s}.lora_up.weight": up for s in (key, beside)}
-        tensors |= {f"{s}.lora_down.weight": down for s in (key, beside)}
-        assert next(iter(prolora.convert(tensors).adapter.updates)) == f"text_encoder_{number}.{q}"
+        adapter = prolora.convert(pair(key, (4, 4), 2) | pair(beside, (4, 4), 2)).adapter
+        assert next(iter(adapter.updates)) == f"text_encoder_{number}.{T5_Q}"
 
 
 @pytest.mark.parametrize("prefix", ["lora_transformer_", "lycoris_"])
 def test_kohya_asked_for_by_name_has_kohyas_own_names(prefix):
     """kohya's scripts find no module under diffusers' names, which OneTrainer and others write."""
-    parts = ("attn_to_q", "attn_to_k", "attn_to_v")
-    stems = [f"{prefix}transformer_blocks_0_{part}" for part in parts]
+    stems = [f"{prefix}transformer_blocks_0_attn_to_{part}" for part in "qkv"]
     tensors = {}
     for seed, stem in enumerate(stems):
-        up, down = factors((WIDTH, WIDTH), 1, seed)
-        tensors |= {f"{stem}.lora_up.weight": up, f"{stem}.lora_down.weight": down}
-    lora = prolora.Lora.open(tensors, {"ss_base_model_version": "flux1"})
-    adapter = prolora.convert(lora).adapter
-    for format, paths in (
-        ("auto", set(stems)),
-        ("kohya", {"lora_unet_double_blocks_0_img_attn_qkv"}),
-    ):
-        found = prolora.convert(adapter, format=format).state_dict()
-        assert {key.partition(".")[0] for key in found} == paths
-        same(prolora.convert(found).adapter, adapter.updates)
+        tensors |= pair(stem, (WIDTH, WIDTH), 1, seed)
+    made = prolora.convert(prolora.Lora.open(tensors, {"ss_base_model_version": "flux1"}))
+    fused = ["lora_unet_double_blocks_0_img_attn_qkv"]
+    for format, paths in (("auto", stems), ("kohya", fused)):
+        found = prolora.convert(made.adapter, format=format).state_dict()
+        assert {key.partition(".")[0] for key in found} == {*paths}
+        same(prolora.convert(found).adapter, made.adapter.updates)

@@ -10,43 +10,30 @@ from random import Random
 import pytest
 import torch
 from damaged import damage
-from lora_files import LINEAR, adapter_of, factors, save
+from lora_files import LINEAR, adapter_of, pair, save
 from property_examples import examples
 from test_unknown_tensors import KINDS, STEMS
 
 import prolora
 from prolora.errors import ProLoRAError, ShapeMismatch, UnsupportedFormat
-from prolora.files.safetensors_file import SafetensorsFile
 
 STEM = "unet.mid_block.attentions.0.proj_in"
 HUGE = 10**400
 
 
-def diffusers_tensors(rank: int = 4) -> dict[str, torch.Tensor]:
-    up, down = factors((32, 32), rank, 0)
-    return {f"{STEM}.lora_B.weight": up, f"{STEM}.lora_A.weight": down}
-
-
 @pytest.mark.parametrize("number", [HUGE, -HUGE, 10**300], ids=["10^400", "-10^400", "10^300"])
 @pytest.mark.parametrize("option", ["r", "lora_alpha", "rank_pattern", "alpha_pattern"])
-def test_a_number_beyond_floating_point_is_refused(
-    option: str, number: int, tmp_path: Path
-) -> None:
+def test_a_number_beyond_floating_point_is_refused(option, number):
     value = {"proj_in": number} if option.endswith("pattern") else number
     table = {"unet.r": 4, "unet.lora_alpha": 4} | {f"unet.{option}": value}
-    path = save(
-        tmp_path / "x.safetensors",
-        diffusers_tensors(),
-        {"lora_adapter_metadata": json.dumps(table)},
-    )
+    header = {"lora_adapter_metadata": json.dumps(table)}
+    lora = prolora.Lora.open(pair(STEM, (32, 32), ends=("lora_B", "lora_A")), header)
     with pytest.raises(UnsupportedFormat, match="is a number of"):
-        prolora.convert(path)
-    assert prolora.check(path).reason
+        prolora.convert(lora)
+    assert prolora.check(lora).reason
 
 
-def test_a_path_that_the_system_does_not_take_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_path_that_the_system_does_not_take_is_refused(tmp_path, monkeypatch):
     """A name that is too long, a folder without permission, a disk that fails."""
     with pytest.raises(UnsupportedFormat, match="use a shorter name"):
         prolora.convert(tmp_path / ("x" * 300))
@@ -60,18 +47,17 @@ def test_a_path_that_the_system_does_not_take_is_refused(
 
 
 @pytest.mark.parametrize("end", ["", ".lora_up.weight", ".weight"])
-def test_a_name_of_200_000_line_breaks_is_refused_at_once(end: str, tmp_path: Path) -> None:
+def test_a_name_of_200_000_line_breaks_is_refused_at_once(end, tmp_path):
     path = save(tmp_path / "x.safetensors", {"lora_unet_" + "\n" * 200_000 + end: torch.ones(2, 2)})
     start = time.monotonic()
-    with pytest.raises(UnsupportedFormat, match=r"a name of 2000\d\d characters") as refused:
-        SafetensorsFile(path)
-    with pytest.raises(UnsupportedFormat):
-        prolora.check(path)
+    for verb in (prolora.check, prolora.convert):
+        with pytest.raises(UnsupportedFormat, match=r"a name of 2000\d\d characters") as refused:
+            verb(path)
+        assert len(str(refused.value)) < 1000
     assert time.monotonic() - start < 5
-    assert len(str(refused.value)) < 1000
 
 
-def test_weights_and_configuration_of_two_adapters_are_no_result(tmp_path: Path) -> None:
+def test_weights_and_configuration_of_two_adapters_are_no_result(tmp_path):
     """What a run leaves that was killed between the two files, in versions before this."""
     for name, rank in (("a", 4), ("b", 2)):
         prolora.convert(adapter_of(LINEAR, rank=rank), out=tmp_path / name, format="peft")
@@ -87,14 +73,14 @@ def test_weights_and_configuration_of_two_adapters_are_no_result(tmp_path: Path)
         ("oft_unet_down_blocks_1_attentions_0_proj_in.oft_blocks", "OFT"),
     ],
 )
-def test_files_of_other_kinds_are_named(key: str, kind: str, tmp_path: Path) -> None:
+def test_files_of_other_kinds_are_named(key, kind, tmp_path):
     path = save(tmp_path / "x.safetensors", {key: torch.ones(4, 2, 2)})
     with pytest.raises(UnsupportedFormat, match=kind):
         prolora.convert(path)
     assert kind in prolora.check(path).reason
 
 
-def test_a_small_file_forms_no_weight_that_no_model_has() -> None:
+def test_a_small_file_forms_no_weight_that_no_model_has():
     """A LoKr of 1 MB whose product takes 5 GB."""
     key = "lora_unet_mid_block_attentions_0_proj_in"
     halves = {f"{key}.lokr_w{i}": torch.ones(512, 512, dtype=torch.float16) for i in (1, 2)}

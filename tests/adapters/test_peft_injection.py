@@ -8,16 +8,15 @@ from __future__ import annotations
 import pytest
 import torch
 from family_loras import is_early, make_updates
+from lora_files import adapter_for
 from published_elsewhere import ELSEWHERE
 from published_models import PUBLISHED
 from published_others import OTHERS
 from published_unets import UNETS
 from published_videos import VIDEOS
 
-from prolora import Adapter
-from prolora.adapters import encode_state_dict, write_adapter
+import prolora
 from prolora.architectures.families import known_families
-from prolora.architectures.identify import Model
 
 peft = pytest.importorskip("peft")
 diffusers = pytest.importorskip("diffusers")
@@ -49,37 +48,30 @@ def every_fourth(first):
 
 @pytest.fixture(scope="module")
 def given(request):
-    """A family, the class of its first published size, and an adapter of that; made once."""
-    model = make_model(request.param)
-    return request.param, model, make_adapter(request.param, model)
+    """A family, the class of its first published size, and an adapter of that; made once.
 
-
-def make_model(id_):
-    """The class of the family's first published size."""
-    published = MODELS[FAMILIES[id_].layouts[0]]
+    It has updates of all linear layers of the first two blocks of every list.
+    """
+    family = FAMILIES[request.param]
+    published = MODELS[family.layouts[0]]
     if not hasattr(diffusers, published.cls):
         pytest.skip(f"this diffusers has no {published.cls}")
-    return build_model(published)
-
-
-def make_adapter(id_, model):
-    """Updates of all linear layers of the first two blocks of every list."""
+    model = build_model(published)
     linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    family = FAMILIES[id_]
     updates = make_updates(family.layouts[0], linear.__contains__)
     assert updates.keys() == {name for name in linear if is_early(name)}
-    return Adapter(updates, origin=Model.of(id_))
+    return request.param, model, adapter_for(request.param, updates)
 
 
-def check_layers(model, adapter, name):
+def check_layers(model, updates, name):
     """The layers that PEFT put in are those of the adapter: none less, none more, the scale 1."""
     layers = {
         path.removeprefix("base_model.model."): module
         for path, module in model.named_modules()
         if isinstance(module, peft.tuners.lora.LoraLayer) and name in module.lora_A
     }
-    assert layers.keys() == adapter.updates.keys()
-    for path, update in adapter.updates.items():
+    assert layers.keys() == updates.keys()
+    for path, update in updates.items():
         up, down = (getattr(layers[path], x)[name].weight for x in ("lora_B", "lora_A"))
         assert (up.shape, down.shape) == (update.up.shape, update.down.shape)
         assert layers[path].scaling[name] == 1
@@ -98,7 +90,7 @@ def test_diffusers_loads_the_state_dict_into_the_class_and_misses_no_key(given, 
 
     monkeypatch.setattr(peft, "set_peft_model_state_dict", load_and_keep)
     model.load_lora_adapter(
-        encode_state_dict(adapter, format="diffusers"),
+        prolora.convert(adapter, format="diffusers").state_dict(),
         prefix="unet" if FAMILIES[id_].unet else "transformer",
         adapter_name="first",
         low_cpu_mem_usage=True,
@@ -107,7 +99,7 @@ def test_diffusers_loads_the_state_dict_into_the_class_and_misses_no_key(given, 
     assert not missing and not results[0].unexpected_keys
     # Anima's adapter of text is a model of its own in diffusers (test_diffusers_readers.py).
     own = {name: x for name, x in adapter.updates.items() if not name.startswith("llm_adapter.")}
-    check_layers(model, Adapter(own), "first")
+    check_layers(model, own, "first")
 
 
 @every_fourth(2)
@@ -116,9 +108,9 @@ def test_peft_loads_the_folder_into_the_class_and_misses_no_key(given, tmp_path)
     if (spelling := FAMILIES[id_].spellings.get("peft")) and spelling.names == "authors":
         pytest.skip("the authors' own class, whose names the folder has, is not installed")
     folder = str(tmp_path / "lora")
-    write_adapter(adapter, folder, format="peft")
+    prolora.convert(adapter, out=folder, format="peft")
     config = peft.PeftConfig.from_pretrained(folder)
     wrapped = peft.PeftModel(model, config, "second", low_cpu_mem_usage=True)
     result = wrapped.load_adapter(folder, "second", low_cpu_mem_usage=True)
     assert not result.missing_keys and not result.unexpected_keys
-    check_layers(wrapped, adapter, "second")
+    check_layers(wrapped, adapter.updates, "second")

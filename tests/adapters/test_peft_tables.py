@@ -11,29 +11,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lora_files import DEEP, LINEAR, factors, save
+from lora_files import DEEP, LINEAR, pair, save
 from property_examples import examples
 
 import prolora
-from prolora.adapters.formats.peft_config import METADATA_KEY, scaling_from_config
+from prolora.adapters.formats.peft_config import scaling_from_config
 from prolora.errors import ProLoRAError, UnsupportedFormat
 
 ENDLESS = r"(\w|.)+#"
-NAMES = [
-    "proj_out",
-    "blocks.0.proj_out",
-    "blocks.12.proj_out",
-    "a",
-    "x.a",
-    "a.b",
-    "b.ff",
-    "c.b.ff",
-    "model.layers.0.self_attn.q_proj",
-    "model.layers.10.self_attn.q_proj",
-    "layers.0.mlp.gate_proj",
-    *LINEAR,
-    DEEP,
-]
+NAMES = ["proj_out", "blocks.0.proj_out", "blocks.12.proj_out", "a", "x.a", "a.b", "b.ff", "c.b.ff"]
+NAMES += [f"model.layers.{i}.self_attn.q_proj" for i in (0, 10)]
+NAMES += ["layers.0.mlp.gate_proj", *LINEAR, DEEP]
 
 
 def peft_value(table, name):
@@ -156,12 +144,8 @@ def test_a_configuration_of_other_kinds_or_sizes_or_of_more_than_up_times_down_i
 def peft_folder(folder, **config):
     """A folder as PEFT writes it, of one module and rank 4."""
     folder.mkdir()
-    up, down = factors((32, 32), 4, 0)
     stem = "base_model.model.mid_block.attentions.0.proj_in"
-    save(
-        folder / "adapter_model.safetensors",
-        {f"{stem}.lora_B.weight": up, f"{stem}.lora_A.weight": down},
-    )
+    save(folder / "adapter_model.safetensors", pair(stem, (32, 32), ends=("lora_B", "lora_A")))
     table = {"peft_type": "LORA", "r": 4, "lora_alpha": 4} | config
     (folder / "adapter_config.json").write_text(json.dumps(table))
     return folder
@@ -182,10 +166,8 @@ def test_a_folder_with_an_endless_pattern_is_described_and_stops_no_other(tmp_pa
     file = save(tmp_path / "base.safetensors", base)
     how = {"method": "copy", "again": True, "dry_run": True}
     found = prolora.migrate([bad, good], file, file, tmp_path / "moved", **how)
-    assert {Path(moved.lora).name: "rank_pattern" in moved.error for moved in found} == {
-        "bad": True,
-        "good": False,
-    }
+    refused = {Path(moved.lora).name: "rank_pattern" in moved.error for moved in found}
+    assert refused == {"bad": True, "good": False}
     outcomes = prolora.transfer_many([bad, good], base, base, tmp_path / "out", method="copy")
     assert [bool(outcome.error) for outcome in outcomes] == [True, False]
     assert "rank_pattern" in str(outcomes[0].error)
@@ -208,12 +190,12 @@ TABLES = st.dictionaries(st.text(max_size=6) | PATTERNS, VALUES | st.integers(1,
 @settings(max_examples=examples(400))
 @given(st.dictionaries(OPTIONS, VALUES | TABLES | st.integers(1, 9), max_size=5))
 def test_any_configuration_is_read_or_refused_with_a_reason(config):
-    up, down = factors((6, 5), 4, 0)
-    stem = "unet.mid_block.attentions.0.proj_in"
-    tensors = {f"{stem}.lora_B.weight": up, f"{stem}.lora_A.weight": down}
+    tensors = pair("unet.mid_block.attentions.0.proj_in", (6, 5), ends=("lora_B", "lora_A"))
     text = json.dumps({f"unet.{option}": value for option, value in config.items()})
     try:
-        adapter = prolora.convert(prolora.Lora.open(tensors, {METADATA_KEY: text})).adapter
+        adapter = prolora.convert(
+            prolora.Lora.open(tensors, {"lora_adapter_metadata": text})
+        ).adapter
     except ProLoRAError as error:
         assert len(str(error)) > 20
     else:

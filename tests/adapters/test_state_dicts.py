@@ -1,46 +1,38 @@
-"""LoRAs in memory: read from state dicts, written to state dicts, loaded by diffusers from them."""
-
-from pathlib import Path
+"""LoRAs in memory: read from state dicts, and written to state dicts."""
 
 import pytest
 import torch
-from lora_files import CONV, LINEAR, adapter_of, same_updates
+from lora_files import CONV, LINEAR, adapter_of, dense, same_updates
 
+import prolora
 from prolora import Adapter
-from prolora.adapters import encode_state_dict, read_adapter, write_adapter
 from prolora.errors import OutputError, UnsupportedFormat
-from prolora.files.safetensors_file import SafetensorsFile
 
 KEY = "lora_unet_mid_block_attentions_0_proj_in.lora_up.weight"
 
 
 @pytest.mark.parametrize("format", ["kohya", "diffusers", "peft", "comfy"])
-def test_a_state_dict_holds_what_the_file_holds(format: str, tmp_path: Path) -> None:
-    """And is read back to the same updates, kernels included."""
+def test_a_state_dict_holds_what_the_file_holds_in_memory_of_its_own(format, tmp_path):
     adapter = adapter_of(LINEAR | CONV, rank=[4, 2, 8], format="kohya", spelling="sgm")
-    tensors = encode_state_dict(adapter, format=format, dtype=torch.float16)
+    before = {name: update.clone() for name, update in dense(adapter).items()}
     path = tmp_path / ("folder" if format == "peft" else "x.safetensors")
-    write_adapter(adapter, path, format=format, dtype=torch.float16)
-    file = SafetensorsFile(path / "adapter_model.safetensors" if format == "peft" else path)
-    assert tensors.keys() == file.tensors.keys()
-    assert all(torch.equal(tensor, file.read(key)) for key, tensor in tensors.items())
-    found = read_adapter(tensors)
-    assert found.kernels == adapter.kernels
-    same_updates(adapter, {n: u.dense() for n, u in found.updates.items()}, tolerance=2e-3)
-
-
-def test_a_state_dict_has_memory_of_its_own() -> None:
-    adapter = adapter_of(LINEAR)
-    before = {name: update.dense() for name, update in adapter.updates.items()}
-    for tensor in encode_state_dict(adapter, format="diffusers").values():
+    tensors = prolora.convert(adapter, format=format, dtype="float32").state_dict()
+    prolora.convert(adapter, out=path, format=format, dtype="float32")
+    lora = prolora.Lora.open(path)
+    assert tensors.keys() == lora.tensors.keys()
+    assert all(torch.equal(tensor, lora.read(key)) for key, tensor in tensors.items())
+    back = prolora.convert(tensors).adapter
+    assert back.kernels == adapter.kernels
+    same_updates(adapter, dense(back))
+    for tensor in tensors.values():
         tensor.zero_()
     same_updates(adapter, before)
 
 
 @pytest.mark.parametrize("rslora", [False, True])
 def test_a_state_dict_with_its_configuration_is_read_as_the_folder_that_peft_saves(
-    rslora: bool, tmp_path: Path
-) -> None:
+    rslora, tmp_path
+):
     peft = pytest.importorskip("peft")
     net = torch.nn.ModuleDict({"to_q": torch.nn.Linear(8, 6), "to_k": torch.nn.Linear(8, 6)})
     config = peft.LoraConfig(
@@ -50,7 +42,8 @@ def test_a_state_dict_with_its_configuration_is_read_as_the_folder_that_peft_sav
     model = peft.PeftModel(net, config)
     model.save_pretrained(tmp_path)
     state = peft.get_peft_model_state_dict(model)
-    found, saved = read_adapter((state, model.peft_config["default"])), read_adapter(tmp_path)
+    sources = (state, model.peft_config["default"]), tmp_path
+    found, saved = (prolora.convert(source).adapter for source in sources)
     assert found.format == saved.format == "peft" and found.updates.keys() == saved.updates.keys()
     for name, update in found.updates.items():
         wanted = model.base_model.model[name].get_delta_weight("default")
@@ -59,13 +52,9 @@ def test_a_state_dict_with_its_configuration_is_read_as_the_folder_that_peft_sav
 
 
 @pytest.mark.parametrize("wrong", [3, ("a", "b"), ({}, {"r": 4}), ({}, 1), ({}, {}, {})])
-def test_what_is_no_lora_is_refused_by_name(wrong: object) -> None:
+def test_what_is_no_lora_is_refused_by_name(wrong):
     with pytest.raises(UnsupportedFormat, match=r"peft\.LoraConfig"):
-        read_adapter(wrong)
-
-
-def call_fields(fields: object) -> object:
-    return type("Config", (), {"to_dict": fields})()
+        prolora.convert(wrong)
 
 
 @pytest.mark.parametrize(
@@ -73,15 +62,15 @@ def call_fields(fields: object) -> object:
     [5, lambda self: {("a", 1): 2}, lambda self: [1], lambda: {}, lambda self: int("x")],
     ids=["a number", "keys that are no text", "a list", "no method", "an error"],
 )
-def test_what_only_looks_like_a_configuration_is_refused(fields: object) -> None:
-    tensors = encode_state_dict(adapter_of(LINEAR), format="peft")
+def test_what_only_looks_like_a_configuration_is_refused(fields):
+    tensors = prolora.convert(adapter_of(LINEAR), format="peft").state_dict()
     with pytest.raises(UnsupportedFormat, match=r"configuration|peft\.LoraConfig"):
-        read_adapter((tensors, call_fields(fields)))
+        prolora.convert((tensors, type("Config", (), {"to_dict": fields})()))
 
 
-def test_an_adapter_without_modules_makes_no_state_dict() -> None:
+def test_an_adapter_without_modules_makes_no_state_dict():
     with pytest.raises(OutputError, match="no module is left"):
-        encode_state_dict(Adapter({}))
+        prolora.convert(Adapter({})).state_dict()
 
 
 UNREADABLE = {
@@ -96,7 +85,7 @@ UNREADABLE = {
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", UNREADABLE)
-def test_tensors_without_plain_numbers_are_refused_by_name(kind: str) -> None:
+def test_tensors_without_plain_numbers_are_refused_by_name(kind):
     tensors = {KEY: UNREADABLE[kind](), KEY.replace("up", "down"): torch.ones(2, 4)}
     with pytest.raises(UnsupportedFormat, match=rf"{KEY} is .*{kind.split('_')[0]}"):
-        read_adapter(tensors)
+        prolora.convert(tensors)

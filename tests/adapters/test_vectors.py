@@ -5,8 +5,11 @@ import torch
 from lora_files import (
     CONV,
     LINEAR,
+    adapter_for,
     adapter_of,
     attached,
+    pair,
+    random,
     same_updates,
     through_diffusers,
     tiny_unet,
@@ -15,17 +18,12 @@ from torch import nn
 
 import prolora
 from prolora import Adapter, LowRank
-from prolora.architectures.identify import Model
 from prolora.errors import NonFiniteWeights, OutputError, ShapeMismatch, UnsupportedFormat
 
 STEM = "lora_unet_mid_block_attentions_0"
 NORM = "mid_block.attentions.0.norm"
 PROJ = "mid_block.attentions.0.proj_in"
 FLUX = "lora_unet_double_blocks_0_img_attn_qkv"
-
-
-def random(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def test_a_norm_is_what_lycoris_adds_to_its_weight_and_bias():
@@ -83,17 +81,11 @@ def test_the_bias_of_a_lora_has_the_scale_of_the_lora(tmp_path):
 
 @pytest.mark.parametrize(("format", "dtype"), [("kohya", torch.float16), ("comfy", torch.bfloat16)])
 def test_formats_that_have_keys_for_them_give_them_back(tmp_path, format, dtype):
+    sizes = {f"{NORM}.weight": 6, f"{NORM}.bias": 6, f"{PROJ}.bias": 32, "conv_norm_out.weight": 8}
+    sizes |= {"text_encoder.text_model.final_layer_norm.bias": 8}
+    sizes |= {"down_blocks.0.resnets.1.norm2.weight": 8}
     adapter = adapter_of(LINEAR, spelling="sgm")
-    adapter.vectors.update(
-        {
-            f"{NORM}.weight": random(6),
-            f"{NORM}.bias": random(6, seed=1),
-            f"{PROJ}.bias": random(32, seed=2),
-            "conv_norm_out.weight": random(8),
-            "text_encoder.text_model.final_layer_norm.bias": random(8),
-            "down_blocks.0.resnets.1.norm2.weight": random(8),
-        }
-    )
+    adapter.vectors.update({n: random(size, seed=i) for i, (n, size) in enumerate(sizes.items())})
     out = tmp_path / "out.safetensors"
     prolora.convert(adapter, out=out, format=format, dtype=dtype)
     back = prolora.convert(out).adapter.vectors
@@ -106,9 +98,7 @@ def test_formats_that_have_keys_for_them_give_them_back(tmp_path, format, dtype)
 def test_diffusers_and_peft_attach_the_biases_of_updated_modules(tmp_path, format):
     adapter = adapter_of({**LINEAR, **CONV})
     biased = list(adapter.updates)[::2]
-    adapter.vectors.update(
-        {f"{name}.bias": random(adapter.updates[name].shape[0]) for name in biased}
-    )
+    adapter.vectors.update({f"{n}.bias": random(adapter.updates[n].shape[0]) for n in biased})
     out = tmp_path / ("out.safetensors" if format == "diffusers" else "out")
     prolora.convert(adapter, out=out, format=format, dtype="float32")
     unet = tiny_unet()
@@ -138,13 +128,8 @@ def test_a_format_without_keys_for_them_is_refused_with_the_way_out(tmp_path, fo
 
 def test_a_fused_bias_of_flux_comes_apart_and_is_put_together_again():
     last = "lora_unet_final_layer_adaLN_modulation_1"
-    tensors = {
-        f"{FLUX}.lora_up.weight": random(24, 2),
-        f"{FLUX}.lora_down.weight": random(2, 8),
-        f"{FLUX}.diff_b": random(24),
-        f"{last}.diff_b": random(16),
-        "lora_unet_single_blocks_3_linear1.diff_b": random(14),
-    }
+    tensors = pair(FLUX, (24, 8), 2) | {f"{FLUX}.diff_b": random(24), f"{last}.diff_b": random(16)}
+    tensors |= {"lora_unet_single_blocks_3_linear1.diff_b": random(14)}
     made = prolora.convert(tensors)
     names = [f"transformer_blocks.0.attn.to_{part}.bias" for part in "qkv"]
     found = made.adapter.vectors
@@ -164,34 +149,31 @@ def test_a_fused_bias_of_flux_comes_apart_and_is_put_together_again():
         (f"{STEM}_norm.w_norm", torch.ones(2).to(torch.int8), UnsupportedFormat, "floating point"),
         (f"{STEM}_norm.w_norm", torch.full((2,), torch.nan), NonFiniteWeights, "w_norm holds NaN"),
         (f"{FLUX}.diff_b", torch.ones(10), ShapeMismatch, "10 rows are not those"),
+        (f"{STEM}_norm.diff_b", torch.ones(2), UnsupportedFormat, f"are both the {NORM}.bias"),
     ],
 )
-def test_what_is_no_vector_is_refused_by_name(key, tensor, error, message):
+def test_what_is_no_vector_or_one_in_two_spellings_is_refused_by_name(key, tensor, error, message):
+    other = {f"{STEM}_norm.b_norm": torch.ones(2)} if "both" in message else {}
     with pytest.raises(error, match=message):
-        prolora.convert({key: tensor})
+        prolora.convert(other | {key: tensor})
 
 
-def test_one_bias_in_two_spellings_is_refused():
-    tensors = {f"{STEM}_norm.b_norm": torch.ones(2), f"{STEM}_norm.diff_b": torch.ones(2)}
-    with pytest.raises(UnsupportedFormat, match=r"are both the mid_block.attentions.0.norm.bias"):
-        prolora.convert(tensors)
-
-
-def test_vectors_that_the_output_cannot_hold_are_refused():
+def test_what_the_output_cannot_hold_or_put_together_is_refused():
     for value, error in ((1e6, NonFiniteWeights), (1e-9, OutputError)):
         adapter = Adapter({}, vectors={f"{NORM}.weight": torch.full((4,), value)})
         with pytest.raises(error, match=f"{NORM}.weight"):
             prolora.convert(adapter, dtype="float16").state_dict()
     query = "transformer_blocks.0.attn.to_q"
+    one, two = (LowRank(torch.ones(m, 1), torch.ones(1, 4)) for m in (4, 6))
     vectors = {f"{query}.bias": torch.ones(4), f"{query[:-1]}k.bias": torch.ones(6)}
-    update = {query: LowRank(torch.ones(4, 1), torch.ones(1, 4))}
-    with pytest.raises(ShapeMismatch, match="cannot be put together from"):
-        adapter = Adapter(update, vectors=vectors, origin=Model.of("flux"))
-        prolora.convert(adapter, format="kohya").state_dict()
+    for updates, more in (({query: one}, vectors), ({query: one, f"{query[:-1]}k": two}, {})):
+        with pytest.raises(ShapeMismatch, match="cannot be put together"):
+            adapter = adapter_for("flux", updates, vectors=more)
+            prolora.convert(adapter, format="kohya").state_dict()
 
 
 def test_biases_are_in_the_order_of_their_modules_in_every_process():
     names = [f"lora_unet_double_blocks_{i}_img_mlp_2.diff_b" for i in range(19)]
     vectors = {f"transformer_blocks.{i}.ff.net.2.bias": torch.ones(2) for i in range(19)}
-    adapter = Adapter({}, vectors=vectors, origin=Model.of("flux"))
+    adapter = adapter_for("flux", {}, vectors=vectors)
     assert list(prolora.convert(adapter, format="kohya").state_dict()) == names

@@ -2,39 +2,24 @@
 
 import pytest
 import torch
-from lora_files import relative_error, save
-from typer.testing import CliRunner
+from lora_files import pair, relative_error, save
 
 import prolora
-from prolora.adapters import encode_state_dict, read_adapter
 from prolora.adapters.algorithms.forms import Form, derive_form
-from prolora.cli.app import app
-from prolora.cli.exits import ExitCode, find_exit_code
 
 WIDTH = 80
 
 
-def pair(name, out, inputs):
-    return {
-        f"diffusion_model.{name}.lora_up.weight": torch.randn(out, 2),
-        f"diffusion_model.{name}.lora_down.weight": torch.randn(2, inputs),
-        f"diffusion_model.{name}.alpha": torch.tensor(2.0),
-    }
-
-
 def wan_file():
-    block = "blocks.0"
-    tensors = {}
+    tensors, start = {}, "diffusion_model.blocks.0"
     for attention in ("self_attn", "cross_attn"):
         for part in "qkvo":
-            name = f"{block}.{attention}.{part}"
-            tensors |= pair(name, WIDTH, WIDTH)
-            tensors[f"diffusion_model.{name}.diff_b"] = torch.randn(WIDTH)
-        tensors[f"diffusion_model.{block}.{attention}.norm_q.diff"] = torch.randn(WIDTH)
-    tensors |= pair(f"{block}.ffn.0", 216, WIDTH) | pair(f"{block}.ffn.2", WIDTH, 216)
-    tensors[f"diffusion_model.{block}.norm3.diff"] = torch.randn(WIDTH)
-    tensors[f"diffusion_model.{block}.norm3.diff_b"] = torch.randn(WIDTH)
-    return tensors
+            tensors |= pair(f"{start}.{attention}.{part}", (WIDTH, WIDTH), 2)
+            tensors[f"{start}.{attention}.{part}.diff_b"] = torch.randn(WIDTH)
+        tensors[f"{start}.{attention}.norm_q.diff"] = torch.randn(WIDTH)
+    tensors |= pair(f"{start}.ffn.0", (216, WIDTH), 2) | pair(f"{start}.ffn.2", (WIDTH, 216), 2)
+    norm = {f"{start}.norm3.{role}": torch.randn(WIDTH) for role in ("diff", "diff_b")}
+    return tensors | norm
 
 
 NO_MATRICES = {
@@ -43,18 +28,24 @@ NO_MATRICES = {
 }
 
 
-def test_norms_and_biases_keep_their_names_and_what_is_no_matrix_is_left_out_by_name():
+def test_norms_and_biases_keep_their_names_and_what_is_no_matrix_is_left_out_by_name(tmp_path):
     tensors = wan_file()
-    adapter = read_adapter(tensors | NO_MATRICES)
-    assert adapter.model.family == "wan"
-    assert adapter.left_out.keys() == adapter.unread.keys() == NO_MATRICES.keys()
-    assert "blocks.0.attn1.to_q" in adapter.updates and len(adapter.vectors) == 12
-    written = encode_state_dict(adapter, dtype=torch.float32)
+    made = prolora.convert(tensors | NO_MATRICES)
+    assert made.adapter.model.family == "wan"
+    assert made.report.left_out.keys() | {*made.report.unread} == NO_MATRICES.keys()
+    assert "blocks.0.attn1.to_q" in made.adapter.updates and len(made.adapter.vectors) == 12
+    written = made.state_dict()
     for key, tensor in tensors.items():
         if key.endswith(("diff", "diff_b")):
             suffixes = (".diff_b", ".b_norm") if key.endswith("_b") else (".w_norm",)
             stem = key.rpartition(".")[0]
             assert any(torch.equal(written.get(stem + s, torch.zeros(1)), tensor) for s in suffixes)
+    # A table, a modulation and factors of an unknown module alike: shares are of what was read.
+    odd = {"odd.lora_up.weight": torch.randn(8, 2), "odd.lora_down.weight": torch.randn(2, 8)}
+    for more in (*({key: tensor} for key, tensor in NO_MATRICES.items()), odd):
+        words = str(prolora.convert(save(tmp_path / "x", tensors | more)).report.in_words())
+        assert "of the energy of what was read of" in words
+        assert "could not be read and stays behind" in words
 
 
 PATCHES = "diffusion_model.patch_embedding"
@@ -80,10 +71,11 @@ def test_an_update_of_a_convolution_over_time_is_moved_whatever_its_kind(number,
     tensors, whole = list(volumes())[number]
     tensors = {f"{PATCHES}.{suffix}": tensor for suffix, tensor in tensors.items()}
     tensors |= {f"{PATCHES}.diff_b": torch.randn(WIDTH)}
-    adapter = read_adapter(wan_file() | tensors)
-    assert not adapter.left_out and adapter.kernels == {"patch_embedding": (1, 2, 2)}
+    made = prolora.convert(wan_file() | tensors)
+    adapter = made.adapter
+    assert not made.report.left_out and adapter.kernels == {"patch_embedding": (1, 2, 2)}
     assert relative_error(adapter.updates["patch_embedding"].dense(), whole.flatten(1)) < 1e-6
-    written = encode_state_dict(adapter, dtype=torch.float32)
+    written = made.state_dict()
     up, down = (written[f"{PATCHES}.lora_{role}.weight"] for role in "BA")
     assert up.shape[2:] == (1, 1, 1) and down.shape[1:] == (16, 1, 2, 2)  # as PEFT's Conv3d
     lora = save(tmp_path / "wan.safetensors", wan_file() | tensors)
@@ -98,22 +90,6 @@ def test_an_update_of_a_convolution_over_time_is_moved_whatever_its_kind(number,
     written = moved.adapter
     assert written.kernels == adapter.kernels
     assert relative_error(written.updates["patch_embedding"].dense(), whole.flatten(1)) < 2e-3
-
-
-def test_what_is_no_matrix_is_told_by_one_rule_and_shares_are_of_what_was_read(tmp_path):
-    """A table, a modulation and factors of an unknown module alike: exit code 4, and words."""
-    odd = {"odd.lora_up.weight": torch.randn(8, 2)}
-    odd |= {"odd.lora_down.weight": torch.randn(2, 8)}
-    ends = []
-    for more in (*({key: tensor} for key, tensor in NO_MATRICES.items()), odd):
-        lora = save(tmp_path / "wan.safetensors", wan_file() | more)
-        out = str(tmp_path / f"{len(ends)}.safetensors")
-        ends.append(CliRunner().invoke(app, ["convert", str(lora), "-o", out]))
-    for end in ends:
-        told = " ".join(end.output.split())
-        assert find_exit_code(end.exception) == ExitCode.INCOMPLETE
-        assert "of the energy of what was read of" in told
-        assert "could not be read and stays behind" in told
 
 
 SHAPES = {

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 import prolora
 from prolora import Adapter, LowRank
+from prolora.architectures.identify import Model
 
 DATA = Path(__file__).parent / "keymaps.json.gz"
 
@@ -64,6 +65,12 @@ def factors(shape, rank, seed, dtype=torch.float32):
     return up.reshape(*up.shape, *[1] * (len(shape) - 2)).to(dtype), down.to(dtype)
 
 
+def pair(stem, shape, rank=4, seed=0, dtype=torch.float32, ends=("lora_up", "lora_down")):
+    """{key: factor} of one module in a file."""
+    both = zip(ends, factors(shape, rank, seed, dtype), strict=True)
+    return {f"{stem}.{end}.weight": factor for end, factor in both}
+
+
 def adapter_of(shapes, rank=4, **fields):
     """An adapter with random updates; `rank` is a number or a list that is cycled through."""
     ranks = rank if isinstance(rank, list) else [rank]
@@ -74,6 +81,21 @@ def adapter_of(shapes, rank=4, **fields):
         if len(shape) == 4:
             kernels[name] = tuple(shape[2:])
     return Adapter(updates, kernels, **fields)
+
+
+def adapter_for(family, updates, **fields):
+    """An adapter that is of a family for certain."""
+    return Adapter(updates, origin=Model.of(family), **fields)
+
+
+def dense(adapter):
+    """Module -> ΔW."""
+    return {name: update.dense() for name, update in adapter.updates.items()}
+
+
+def random(*shape, seed=0):
+    """Normal numbers."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def save(path, tensors, metadata=None):
