@@ -92,24 +92,17 @@ for name in order["steps"]:
 def test_a_step_that_hangs_or_ends_its_process_costs_itself_alone(bench, monkeypatch, capsys):
     names = ["first", "hangs", "second", "crashes", "third"]
     monkeypatch.setattr(check, "WORKER", [sys.executable, "-S", "-c", WORKER])
-    monkeypatch.setattr(check, "GRACE", 0.5)
+    monkeypatch.setattr(check, "GRACE", 0.2)
     steps = [Step(name, 0.1, lambda bench: None) for name in names]
     monkeypatch.setattr(calls, "list_steps", lambda bench: steps)
-    status = check.run_call(bench, time.time() + 30, bench.out / "none")
-    said = capsys.readouterr().out
-    assert status == 1
-    for name in ("first", "second", "third"):
-        assert f"number {name}" in said
-    assert "FAILED ours/hangs" in said and "FAILED ours/crashes" in said
-
-
-def test_a_call_ends_at_its_deadline(bench, monkeypatch, capsys):
-    monkeypatch.setattr(check, "WORKER", [sys.executable, "-S", "-c", WORKER])
-    monkeypatch.setattr(check, "GRACE", 0.2)
-    steps = [Step(name, 100, lambda bench: None) for name in ("hangs", "never")]
-    monkeypatch.setattr(calls, "list_steps", lambda bench: steps)
+    assert check.run_call(bench, time.time() + 30, bench.out / "none") == 1
+    printed = capsys.readouterr().out
+    assert all(f"number {name}" in printed for name in ("first", "second", "third"))
+    assert "FAILED ours/hangs" in printed and "FAILED ours/crashes" in printed
+    # And a call ends at its deadline.
+    steps[:] = [Step(name, 100, lambda bench: None) for name in ("hangs", "never")]
     began = time.time()
-    assert check.run_call(bench, time.time() + 1, bench.out / "none") == 1
+    assert check.run_call(bench, began + 0.5, bench.out / "none") == 1
     assert time.time() - began < 10
     assert "left for another call of `bench/gpu.sh ours`: never" in capsys.readouterr().out
 
@@ -125,7 +118,7 @@ def on_the_second_call(function, change):
     return wrapped
 
 
-def with_field(name, change):
+def of_field(name, change):
     """Changes one field of a result."""
 
     def changed(found):
@@ -135,28 +128,42 @@ def with_field(name, change):
     return changed
 
 
-WRONG = {"NaN": lambda x: x * float("nan"), "a little": lambda x: x * (1 + 2e-3)}
-wrong_results = pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG.keys())
+def of_last_update(done):
+    """Changes one update of a transfer a little."""
+    name, update = list(done.adapter.updates.items())[-1]
+    done.adapter.updates[name] = prolora.LowRank(WRONG[1](update.up), update.down)
+    return done
 
 
-@wrong_results
-@pytest.mark.parametrize("what", ["project", "similarity", "principal_angles"])
-def test_a_wrong_result_of_a_shape_fails_the_check(bench, monkeypatch, what, wrong):
-    change = with_field("left", wrong) if what == "similarity" else wrong
+def compare_shape(bench):
+    correct.compare_shape(bench, (320, 320), torch.float16)
+
+
+def compare_spectrum(bench):
+    correct.compare_spectrum(bench, next(iter(correct.SPECTRA)))
+
+
+WRONG = [lambda x: x * float("nan"), lambda x: x * (1 + 2e-3)]
+# A function, what is wrong with every second result, the step that notices, and its words.
+FAULTS = [
+    *(("project", wrong, compare_shape, "relative difference") for wrong in WRONG),
+    *(("principal_angles", wrong, compare_shape, "relative difference") for wrong in WRONG),
+    *(("similarity", of_field("left", x), compare_shape, "relative difference") for x in WRONG),
+    ("truncated_svd", of_field("U", WRONG[0]), compare_spectrum, "not finite"),
+    ("truncated_svd", of_field("U", torch.zeros_like), compare_spectrum, "exceeds the bounds"),
+    *(("truncated_svd", of_field("S", x), correct.use_side_stream, "side stream") for x in WRONG),
+    ("transfer", of_last_update, correct.compare_transfer, "transfer"),
+]
+
+
+@pytest.mark.parametrize(("what", "change", "step", "words"), FAULTS)
+def test_a_wrong_result_fails_the_check(bench, monkeypatch, what, change, step, words):
     monkeypatch.setattr(prolora, what, on_the_second_call(getattr(prolora, what), change))
-    with pytest.raises(AssertionError, match="relative difference"):
-        correct.compare_shape(bench, (320, 320), torch.float16)
+    with pytest.raises(AssertionError, match=words):
+        step(bench)
 
 
-@pytest.mark.parametrize("wrong", [WRONG["NaN"], torch.zeros_like], ids=["NaN", "zero"])
-def test_a_wrong_subspace_fails_the_check(bench, monkeypatch, wrong):
-    change = with_field("U", wrong)
-    monkeypatch.setattr(prolora, "truncated_svd", on_the_second_call(prolora.truncated_svd, change))
-    with pytest.raises(AssertionError, match=r"exceeds the bounds|not finite"):
-        correct.compare_spectrum(bench, next(iter(correct.SPECTRA)))
-
-
-@wrong_results
+@pytest.mark.parametrize("wrong", WRONG)
 def test_wrong_small_svds_fail_the_check(bench, monkeypatch, wrong):
     svd = small_svd.small_svd
     monkeypatch.setattr(small_svd, "small_svd", lambda a: (None, wrong(svd(a)[1]), None))
@@ -185,7 +192,7 @@ def spoil_blocks(monkeypatch, spoil):
     monkeypatch.setattr(krylov_block, "krylov_block", spoiled)
 
 
-@wrong_results
+@pytest.mark.parametrize("wrong", WRONG)
 @pytest.mark.parametrize("which", ["projected", "rows", "length"])
 def test_a_wrong_block_of_a_basis_fails_the_check(bench, monkeypatch, which, wrong):
     def spoil(rows, projected, length, size):
@@ -218,32 +225,11 @@ def test_a_krylov_block_slower_than_torch_or_not_run_fails_the_check(on_a_card, 
         ours.time_krylov_block(on_a_card)
     with pytest.raises(AssertionError, match="krylov_block runs in torch here"):
         correct.compare_blocks(on_a_card)
-    for ratio, slower in ((0.9, False), (1.1, True)):
-        monkeypatch.setattr(ours, "compare_kernel", lambda *_, ratio=ratio: ratio)
-        if not slower:
-            ours.time_krylov_block(on_a_card)
-            continue
-        with pytest.raises(AssertionError, match=r"krylov_block over torch is 1\.1"):
-            ours.time_krylov_block(on_a_card)
-
-
-@wrong_results
-def test_a_wrong_result_in_a_side_stream_fails_the_check(bench, monkeypatch, wrong):
-    change = with_field("S", wrong)
-    monkeypatch.setattr(prolora, "truncated_svd", on_the_second_call(prolora.truncated_svd, change))
-    with pytest.raises(AssertionError, match="side stream"):
-        correct.use_side_stream(bench)
-
-
-def test_a_wrong_update_of_a_transfer_fails_the_check(bench, monkeypatch):
-    def spoil(done):
-        name, update = list(done.adapter.updates.items())[-1]
-        done.adapter.updates[name] = prolora.LowRank(WRONG["a little"](update.up), update.down)
-        return done
-
-    monkeypatch.setattr(prolora, "transfer", on_the_second_call(prolora.transfer, spoil))
-    with pytest.raises(AssertionError, match="transfer"):
-        correct.compare_transfer(bench)
+    monkeypatch.setattr(ours, "compare_kernel", lambda *_: 0.9)
+    ours.time_krylov_block(on_a_card)
+    monkeypatch.setattr(ours, "compare_kernel", lambda *_: 1.1)
+    with pytest.raises(AssertionError, match=r"krylov_block over torch is 1\.1"):
+        ours.time_krylov_block(on_a_card)
 
 
 @pytest.fixture
@@ -375,19 +361,16 @@ def test_the_tables_put_our_times_beside_the_baselines_of_the_same_card(bench):
     assert "toy sizes" in text
 
 
-def test_registers_are_read_from_cuobjdump():
+def test_registers_are_read_from_cuobjdump_and_metrics_from_ncu():
     text = """
 Fatbin elf code:
 arch = sm_90
  Function overlap:
   REG:128 STACK:0 SHARED:17408 LOCAL:8 CONSTANT[0]:600 TEXTURE:0 SURFACE:0 SAMPLER:0
 """
-    (found,) = registers.parse_resources(text)
-    assert (found.kernel, found.architecture) == ("overlap", "sm_90")
-    assert (found.registers, found.shared, found.local) == (128, 17408, 8)
-
-
-def test_metrics_are_read_from_ncu():
+    assert list(registers.parse_resources(text)) == [
+        registers.Resources("overlap", "sm_90", 128, 17408, 8)
+    ]
     text = """==PROF== Connected
 "ID","Kernel Name","Metric Name","Metric Unit","Metric Value"
 "0","small_svd(Args)","gpu__time_duration.sum","us","1,234.5"
@@ -429,9 +412,12 @@ def test_the_calls_of_a_truncated_svd_belong_to_stages_of_it():
     assert "other" not in stages
 
 
-@pytest.mark.skipif(
+with_results = pytest.mark.skipif(
     not (ROOT / "bench/results").exists(), reason="a source distribution holds no results"
 )
+
+
+@with_results
 def test_the_page_of_the_model_has_its_tables_and_those_of_the_counts():
     counts = json.loads((ROOT / "bench/results/dispatches.json").read_text())
     page = (ROOT / "bench/gpu_model.md").read_text("utf-8")
@@ -446,16 +432,11 @@ def test_the_model_gives_the_times_that_it_starts_from():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not (ROOT / "bench/results").exists(), reason="a source distribution holds no results"
-)
+@with_results
 def test_a_stack_asks_no_more_of_a_gpu_than_the_stored_counts_say():
     counts = json.loads((ROOT / "bench/results/dispatches.json").read_text())
-    for label, stored in (
-        ("after", ""),
-        ("stored", "torch"),
-        ("krylov_block", "krylov_block"),
-    ):
+    labels = {"after": "", "stored": "torch", "krylov_block": "krylov_block"}
+    for label, stored in labels.items():
         known = counts[label]["cases"][0]
         case = (known[name] for name in ("matrices", "rows", "columns", "rank"))
         found = dispatches.count_case(*case, stored=stored)

@@ -45,18 +45,13 @@ def test_a_stack_is_truncated_like_its_members():
         torch.testing.assert_close(cut.dense()[i], alone.dense())
 
 
-@pytest.mark.parametrize("up, down", [((3, 2), (3, 4)), ((3,), (3,)), ((2, 3, 2), (2, 4))])
-def test_factors_that_do_not_multiply_are_refused(up, down):
-    with pytest.raises(ShapeMismatch, match="do not multiply"):
-        LowRank(torch.zeros(up), torch.zeros(down))
-
-
-def test_senseless_truncations_are_refused():
-    update = random_update(4, 4, 2)
-    with pytest.raises(ValueError, match="rank"):
-        update.truncate(rank=0)
-    with pytest.raises(ValueError, match="energy"):
-        update.truncate(energy=1.5)
+def test_factors_that_do_not_multiply_and_senseless_truncations_are_refused():
+    for up, down in (((3, 2), (3, 4)), ((3,), (3,)), ((2, 3, 2), (2, 4))):
+        with pytest.raises(ShapeMismatch, match="do not multiply"):
+            LowRank(torch.zeros(up), torch.zeros(down))
+    for options in ({"rank": 0}, {"energy": 1.5}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            random_update(4, 4, 2).truncate(**options)
 
 
 def test_truncating_parameters_gives_values_without_gradients():

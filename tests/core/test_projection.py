@@ -1,6 +1,8 @@
 """project: equal to the papers' dense formulas, and the properties every method must have."""
 
 import sys
+import types
+from dataclasses import replace
 
 import pytest
 import reference
@@ -61,10 +63,8 @@ def test_energy_rule_gives_each_base_its_own_columns(shape, method, seed):
 @settings(max_examples=examples(80), deadline=None)
 def test_equal_square_bases_of_full_rank_make_every_method_the_identity(n, r, method, seed):
     source, _, delta = case(n, n, r, seed)
-    assert (
-        relative(project(delta, source, source, rank=n, method=method).dense(), delta.dense())
-        < 1e-9
-    )
+    found = project(delta, source, source, rank=n, method=method)
+    assert relative(found.dense(), delta.dense()) < 1e-9
 
 
 @given(st.integers(3, 20), st.integers(3, 20), st.integers(0, 999), st.data())
@@ -75,14 +75,15 @@ def test_equal_bases_lose_exactly_the_mixed_blocks(m, n, seed, data):
     parts = reference.split_blocks(delta.dense(), source, k)
     found, info = project(delta, source, source, rank=k, return_info=True)
     assert relative(found.dense(), parts["range"] + parts["null"]) < 1e-9
-    energy = float(delta.dense().square().sum())
-    for name, share in (
-        ("range", info.range_energy),
-        ("null", info.null_energy),
-        ("range_null", info.range_null_energy),
-        ("null_range", info.null_range_energy),
-    ):
-        assert float(share) == pytest.approx(float(parts[name].square().sum()) / energy, abs=1e-9)
+    energy = delta.dense().square().sum()
+    for name, part in parts.items():
+        share = getattr(info, f"{name}_energy")
+        assert float(share) == pytest.approx(float(part.square().sum() / energy), abs=1e-9)
+
+
+def with_columns(basis, change):
+    """The basis with other columns of the same spaces."""
+    return replace(basis, U=change(basis.U), V=change(basis.V))
 
 
 @given(SHAPES, METHOD, st.integers(0, 999), st.data())
@@ -91,35 +92,14 @@ def test_flipping_singular_pair_signs_changes_nothing(shape, method, seed, data)
     source, target, delta = case(*shape, 3, seed)
     k = data.draw(st.integers(1, min(shape)))
     bases = [truncated_svd(w, k) for w in (source, target)]
-    flipped = []
-    for basis in bases:
-        signs = 1.0 - 2 * torch.tensor(
-            data.draw(
-                st.lists(st.booleans(), min_size=basis.U.shape[-1], max_size=basis.U.shape[-1])
-            ),
-            dtype=torch.float64,
-        )
-        flipped.append(
-            type(basis)(**{**basis.__dict__, "U": basis.U * signs, "V": basis.V * signs})
-        )
+    flips = st.lists(st.sampled_from([-1.0, 1.0]), min_size=k, max_size=k)
+    signs = torch.tensor(data.draw(flips), dtype=torch.float64)
+    flipped = [with_columns(basis, lambda x: x * signs[: x.shape[-1]]) for basis in bases]
     before, info = project(delta, *bases, method=method, return_info=True)
     after, info_after = project(delta, *flipped, method=method, return_info=True)
     assert (before.dense() - after.dense()).norm() < 1e-10 * max(1, float(before.norm()))
     assert info.similarity.left == pytest.approx(float(info_after.similarity.left), abs=1e-12)
     assert info.copy_distance == pytest.approx(float(info_after.copy_distance), abs=1e-6)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_a_stack_equals_its_members(method):
-    cases = [case(12, 18, 4, seed) for seed in range(5)]
-    source, target = (torch.stack([c[i] for c in cases]) for i in (0, 1))
-    delta = LowRank(torch.stack([c[2].up for c in cases]), torch.stack([c[2].down for c in cases]))
-    found, info = project(delta, source, target, rank=0.7, method=method, return_info=True)
-    for i, (ws, wt, update) in enumerate(cases):
-        alone, one = project(update, ws, wt, rank=0.7, method=method, return_info=True)
-        torch.testing.assert_close(found.dense()[i], alone.dense())
-        assert float(info.norm_ratio[i]) == pytest.approx(float(one.norm_ratio))
-        assert float(info.surviving_energy[i]) == pytest.approx(float(one.surviving_energy))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -139,10 +119,9 @@ def test_every_method_is_a_contraction_and_the_account_adds_up(method):
 def test_a_rotation_inside_a_cluster_changes_nothing():
     """Equal singular values leave their vectors undefined; the projectors do not notice."""
     source, target, delta = case(12, 12, 3, seed=5)
-    basis = truncated_svd(source, 6)
+    basis, goal = truncated_svd(source, 6), truncated_svd(target, 6)
     turn = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64))[0]
-    turned = type(basis)(**{**basis.__dict__, "U": basis.U @ turn, "V": basis.V @ turn})
-    goal = truncated_svd(target, 6)
+    turned = with_columns(basis, lambda x: x @ turn)
     torch.testing.assert_close(
         project(delta, basis, goal).dense(), project(delta, turned, goal).dense()
     )
@@ -157,16 +136,9 @@ def test_any_float_dtype_goes_in_and_comes_out(dtype):
     stored = small.to(dtype)
     found = project(stored, source.to(dtype), target.to(dtype), rank=5)
     assert found.dtype == dtype and found.shape == stored.shape
-    exact = reference.project_dense(
-        stored.to(torch.float64),
-        source.to(dtype).double(),
-        target.to(dtype).double(),
-        5,
-        5,
-        "prolora",
-    )
-    tolerance = 2 * torch.finfo(dtype).eps
-    assert relative(found.to(torch.float64), exact) < tolerance + 1e-5
+    wide = [x.to(dtype).double() for x in (stored, source, target)]
+    exact = reference.project_dense(*wide, 5, 5, "prolora")
+    assert relative(found.to(torch.float64), exact) < 2 * torch.finfo(dtype).eps + 1e-5
     factors = project(LowRank(delta.up.to(dtype), delta.down.to(dtype)), source, target, rank=5)
     assert factors.dtype == dtype
 
@@ -196,36 +168,31 @@ def test_the_pair_of_a_convolution_comes_back_as_it_came(kernel):
     assert torch.equal(moved[1], wanted.down.reshape(-1, 12, *kernel))
 
 
-def test_a_function_that_returns_a_product_is_asked_for_its_factors():
-    source, target = torch.randn(2, 20, 16)
-    factors = torch.randn(20, 4), torch.randn(4, 16)
-    with pytest.raises(UnsupportedTensor, match=r"returned one array; return factors, \(up, down"):
-        project(factors, source, target, method=lambda update, *_: update.up @ update.down)
-
-
-def test_many_updates_of_one_weight_are_moved_as_one_after_the_other():
-    source, target, _ = case(12, 18, 4, 0)
-    updates = [case(12, 18, 4, seed)[2] for seed in range(3)]
-    stack = LowRank(*(torch.stack([getattr(u, x) for u in updates]) for x in ("up", "down")))
-    others = torch.stack([target, source, target])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_stack_of_updates_is_moved_as_one_after_the_other(method):
+    """Of as many weights or bases, or of one, on either side."""
+    cases = [case(12, 18, 4, seed) for seed in range(3)]
+    sources, targets = (torch.stack([c[i] for c in cases]) for i in (0, 1))
+    source, target, _ = cases[0]
+    stack = LowRank(*(torch.stack([getattr(c[2], x) for c in cases]) for x in ("up", "down")))
     for ws, wt in (
+        (sources, targets),
         (source, target),
-        (truncated_svd(source, 5), truncated_svd(target, 5)),
-        (source, others),
-        (others, truncated_svd(target, 5)),
+        (truncated_svd(source, 0.7), truncated_svd(target, 0.7)),
+        (source, targets),
+        (sources, truncated_svd(target, 0.7)),
     ):
-        found, info = project(stack, ws, wt, rank=5, return_info=True)
-        dense = project(stack.dense(), ws, wt, rank=5)
-        for i, update in enumerate(updates):
-            pair = [w[i] if w is others else w for w in (ws, wt)]
-            alone, one = project(update, *pair, rank=5, return_info=True)
+        options = {"rank": 0.7, "method": method}
+        found, info = project(stack, ws, wt, **options, return_info=True)
+        dense = project(stack.dense(), ws, wt, **options)
+        for i, (_, _, update) in enumerate(cases):
+            pair = [w[i] if w is sources or w is targets else w for w in (ws, wt)]
+            alone, one = project(update, *pair, **options, return_info=True)
             torch.testing.assert_close(found.dense()[i], alone.dense())
             torch.testing.assert_close(dense[i], alone.dense())
             assert float(info.norm_ratio[i]) == pytest.approx(float(one.norm_ratio))
-    copied = project(stack.dense(), source, target, method="auto")
-    assert torch.equal(copied, stack.dense())
-    with pytest.raises(UnrelatedBases):
-        project(stack, source, weights(12, 18, 9).double().expand(3, -1, -1), method="auto")
+            assert float(info.surviving_energy[i]) == pytest.approx(float(one.surviving_energy))
+    assert torch.equal(project(stack.dense(), source, target, method="auto"), stack.dense())
 
 
 @pytest.mark.parametrize("shape", [(40, 90), (90, 40)])
@@ -246,11 +213,7 @@ def test_a_dense_update_takes_its_identity_on_the_short_side(monkeypatch, shape)
 
 def test_any_library_with_dlpack_gets_its_own_arrays_back(monkeypatch):
     """What cupy does, done by a stand-in: cupy itself needs a GPU to make an array."""
-    import sys
-    import types
-
     fake = types.ModuleType("fakecupy")
-
     ndarray = type("ndarray", (Exchanged,), {"__module__": "fakecupy.core"})
     fake.from_dlpack = lambda x: ndarray(torch.from_dlpack(x))
     monkeypatch.setitem(sys.modules, "fakecupy", fake)
@@ -269,20 +232,36 @@ def test_a_zero_update_stays_zero_and_its_account_is_finite():
 
 def test_bad_input_is_refused_by_name():
     source, target, delta = case(9, 7, 2, seed=0)
-    with pytest.raises(ShapeMismatch, match="W_tgt"):
-        project(delta, source, target.T, rank=3)
-    broken = target.clone()
+    broken, stack = target.clone(), torch.randn(3, 9, 7)
     broken[0, 0] = torch.inf
-    with pytest.raises(NonFiniteWeights, match="W_tgt"):
-        project(delta, source, broken, rank=3)
-    with pytest.raises(NonFiniteWeights, match=r"delta\.up"):
-        project((delta.up * torch.nan, delta.down), source, target, rank=3)
-    with pytest.raises(ValueError, match="unknown method"):
-        project(delta, source, target, method="magic")
-    with pytest.raises(ValueError, match="rank must be"):
-        project(delta, source, target, rank=0)
-    with pytest.raises(TypeError, match="__dlpack__"):
-        project([[1.0]], source, target)
+    kernels = torch.randn(16, 8, 3, 3), torch.randn(16, 72, 1, 1)  # of one size
+
+    def multiply(update, *_):
+        return update.up @ update.down
+
+    known = r"'magic': choose from auto, prolora, "
+    for operands, options, kind, words in (
+        ((delta, source, target.T), {"rank": 3}, ShapeMismatch, "W_tgt"),
+        (((torch.ones(16, 2), torch.ones(2, 72)), *kernels), {}, ShapeMismatch, "W_tgt"),
+        ((stack[:2], stack, stack), {}, ShapeMismatch, "2 updates but 3 weights; give as many"),
+        ((stack, stack[0], stack[0, :, :5]), {}, ShapeMismatch, "between different shapes"),
+        ((stack[:2], stack[:2, :7], stack[:2]), {}, ShapeMismatch, "between different shapes"),
+        ((delta, source, broken), {"rank": 3}, NonFiniteWeights, "W_tgt"),
+        (((delta.up * torch.nan, delta.down), source, target), {}, NonFiniteWeights, r"delta\.up"),
+        ((delta, source, target), {"rank": 0}, ValueError, "rank must be"),
+        ((delta, source, target), {"method": "magic"}, ValueError, known),
+        ((delta, source, target), {"method": "best"}, ValueError, r"'best'.*`transfer\(\)`"),
+        ((delta, source, target), {"method": "fit"}, ValueError, r"'fit'.*`fit\(\)`"),
+        (([[1.0]], source, target), {"rank": 3}, TypeError, "__dlpack__"),
+        (
+            ((delta.up, delta.down), source, target),
+            {"method": multiply},
+            UnsupportedTensor,
+            r"returned one array; return factors, \(up, down",
+        ),
+    ):
+        with pytest.raises(kind, match=words):
+            project(*operands, **options)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -314,13 +293,6 @@ def test_what_needs_no_bases_factorises_nothing(monkeypatch):
     assert torch.equal(copied, dense) and copied.data_ptr() != dense.data_ptr()
 
 
-def test_kernels_of_two_shapes_and_one_size_are_different_shapes():
-    ws, wt = torch.randn(16, 8, 3, 3), torch.randn(16, 72, 1, 1)
-    pair = torch.randn(16, 2), torch.randn(2, 72)
-    with pytest.raises(ShapeMismatch, match="W_tgt"):
-        project(pair, ws, wt, rank=4)
-
-
 def learnt(m, n, seed, size):
     """A target that has learnt something new along few directions."""
     source = weights(m, n, seed).double()
@@ -330,44 +302,24 @@ def learnt(m, n, seed, size):
     return source, source + size * source.norm() * new / new.norm()
 
 
-def test_auto_refuses_weights_that_have_nothing_in_common():
-    source, _, delta = case(32, 24, 3, 0)
-    with pytest.raises(UnrelatedBases, match="nothing in common"):
-        project(delta, source, weights(32, 24, 9).double(), method="auto")
-
-
-def test_an_unknown_method_is_answered_with_all_that_there_are_and_where_others_belong():
-    source, target, delta = case(8, 6, 2, 0)
-    with pytest.raises(ValueError, match="'x': choose from auto, prolora, "):
-        project(delta, source, target, method="x")
-    for name, door in (("best", "transfer"), ("fit", "fit")):
-        with pytest.raises(ValueError, match=rf"{name!r}: choose from .*; .*`{door}\(\)`"):
-            project(delta, source, target, method=name)
-
-
-def test_another_count_of_updates_than_of_weights_is_named():
-    weight = torch.randn(3, 8, 6)
-    with pytest.raises(ShapeMismatch, match="2 updates but 3 weights; give as many"):
-        project(weight[:2], weight, weight)
-    with pytest.raises(ShapeMismatch, match="between different shapes"):
-        project(weight, weight[0], weight[0, :, :5])
-    with pytest.raises(ShapeMismatch, match="between different shapes"):
-        project(weight[:2], weight[:2, :7], weight[:2])
-
-
-@pytest.mark.parametrize("broken", ["basis", "zeros", "nan"])
+@pytest.mark.parametrize("broken", ["unrelated", "basis", "zeros", "nan", "a stack"])
 def test_auto_refuses_what_it_cannot_decide_from(broken):
     source, target, delta = case(32, 24, 3, 0)
-    how = {"method": "auto"}
-    if broken == "basis":
-        source = truncated_svd(source, 8)
-    if broken == "zeros":
+    kind, words = UnrelatedBases, "nothing in common"
+    if broken == "unrelated":
+        target = weights(32, 24, 9).double()
+    elif broken == "a stack":
+        delta = delta.dense().expand(2, -1, -1)
+        target = weights(32, 24, 9).double().expand(2, -1, -1)
+    elif broken == "basis":
+        source, kind, words = truncated_svd(source, 8), ValueError, "Basis"
+    elif broken == "zeros":
         source, target = torch.zeros_like(source), torch.zeros_like(target)
-    if broken == "nan":
-        target = target.clone()
+    else:
+        target, kind, words = target.clone(), ValueError, "NaN"
         target[3, 2] = torch.nan
-    with pytest.raises(ValueError, match=r"Basis|nothing in common|NaN"):
-        project(delta, source, target, **how)
+    with pytest.raises(kind, match=words):
+        project(delta, source, target, method="auto")
 
 
 def test_auto_is_linear_in_the_update_and_has_its_derivative():

@@ -65,6 +65,9 @@ KINDS = {
 }
 
 
+OF_NO_FACTOR = {"complex", "sparse_coo", "a nested tensor"}
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_tensor_of_another_kind_is_refused_by_name(kind):
@@ -81,6 +84,7 @@ def test_a_tensor_of_another_kind_is_refused_by_name(kind):
         (lambda: similarity(source, bad, rank=3), "W_tgt"),
         (lambda: principal_angles(bad, target), "X"),
         (lambda: principal_angles(source, bad), "Y"),
+        *([(lambda: LowRank(source, bad), "down")] if kind in OF_NO_FACTOR else []),
     ):
         with pytest.raises(UnsupportedTensor, match=f"{name}.* is .*{words}") as error:
             call()
@@ -93,14 +97,6 @@ def test_an_array_on_a_gpu_that_torch_cannot_use_is_refused_by_name():
     array = type("Array", (), {"__cuda_array_interface__": memory})()
     with pytest.raises(UnsupportedTensor, match="W, Array of unknown dtype, cannot become"):
         truncated_svd(array, 2)
-
-
-@pytest.mark.parametrize("kind", ["complex", "sparse_coo", "a nested tensor"])
-@pytest.mark.filterwarnings("ignore")
-def test_factors_of_another_kind_make_no_lowrank(kind):
-    factor = torch.randn(4, 4, dtype=torch.float64)
-    with pytest.raises(UnsupportedTensor, match="down is"):
-        LowRank(factor, KINDS[kind](factor))
 
 
 def test_no_function_that_looks_at_numbers_runs_under_vmap():
@@ -125,13 +121,12 @@ def test_no_function_that_looks_at_numbers_runs_under_vmap():
 @pytest.mark.parametrize("rank", [np.uint8(3), np.float32(0.5)])
 def test_a_number_of_numpy_is_a_rank(rank):
     delta, source, target = case()
-    plain = rank.item()
-    assert torch.equal(
-        project(delta, source, target, rank=rank), project(delta, source, target, rank=plain)
-    )
-    assert torch.equal(truncated_svd(source, rank).U, truncated_svd(source, plain).U)
-    found, wanted = (similarity(source, target, rank=r).left for r in (rank, plain))
-    assert torch.equal(found, wanted)
+    for compute in (
+        lambda rank: project(delta, source, target, rank=rank),
+        lambda rank: truncated_svd(source, rank).U,
+        lambda rank: similarity(source, target, rank=rank).left,
+    ):
+        assert torch.equal(compute(rank), compute(rank.item()))
 
 
 # --- Solvers.
@@ -151,25 +146,18 @@ def test_an_svd_behind_angles_that_fails_is_an_error_of_prolora(monkeypatch):
 # --- Devices.
 
 
-@pytest.mark.parametrize(
-    "device, words",
-    [
-        ("foo", "no device is called 'foo'"),
-        ("mps", "no float64"),
-        ("meta", "type meta"),
-        (7.5, "7.5"),
-    ],
-)
-def test_a_device_that_prolora_does_not_compute_on_is_refused(device, words):
-    with pytest.raises(UnsupportedDevice, match=words) as error:
-        check_device(device)
-    assert isinstance(error.value, ProLoRAError) and isinstance(error.value, RuntimeError)
-
-
-def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
+def test_a_device_that_prolora_does_not_compute_on_is_refused_before_anything_is_read(
+    tmp_path, monkeypatch
+):
+    missing = tmp_path / "lora.safetensors"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UnsupportedDevice, match="no usable CUDA device"):
-        check_device("cuda")
+    refused = {"foo": "no device is called 'foo'", "mps": "no float64", "meta": "type meta"}
+    for device, words in (refused | {7.5: "7.5", "cuda": "no usable CUDA device"}).items():
+        with pytest.raises(UnsupportedDevice, match=words) as error:
+            prolora.transfer(missing, missing, missing, device=device)
+        assert isinstance(error.value, ProLoRAError) and isinstance(error.value, RuntimeError)
+        with pytest.raises(UnsupportedDevice, match=words):
+            prolora.transfer_many([missing], missing, missing, missing, device=device)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert check_device("cuda:0").index == 0
@@ -186,18 +174,10 @@ def test_a_tensor_on_a_device_of_another_kind_is_refused_by_name(monkeypatch):
         check_operand("W", torch.ones(2, 2))
 
 
-@pytest.fixture
-def one_card(monkeypatch):
-    """A machine with a GPU, as far as torch says so."""
+@pytest.mark.parametrize("kind", [prolora.TransferOptions, prolora.FitOptions, ExtractOptions])
+def test_a_job_computes_on_a_gpu_where_there_is_one(kind, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-
-
-JOBS = (prolora.TransferOptions, prolora.FitOptions, ExtractOptions)
-
-
-@pytest.mark.parametrize("kind", JOBS)
-def test_a_job_computes_on_a_gpu_where_there_is_one(kind, one_card, monkeypatch):
     assert resolve_options(kind(), {}).device == "cuda"
     assert resolve_options(kind(), {"device": "cpu"}).device == "cpu"
     assert resolve_options(kind(device=torch.device("cuda", 0)), {}).device == "cuda:0"
@@ -205,18 +185,6 @@ def test_a_job_computes_on_a_gpu_where_there_is_one(kind, one_card, monkeypatch)
     assert resolve_options(kind(), {}, here=False).device is None
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert resolve_options(kind(), {}).device == "cpu"
-
-
-def test_a_device_is_refused_before_anything_is_read(tmp_path):
-    missing = tmp_path / "lora.safetensors"
-    calls = (
-        lambda device: prolora.transfer(missing, missing, missing, device=device),
-        lambda device: prolora.transfer_many([missing], missing, missing, missing, device=device),
-    )
-    for device, words in (("foo", "no device is called 'foo'"), ("mps", "no float64")):
-        for call in calls:
-            with pytest.raises(UnsupportedDevice, match=words):
-                call(device)
 
 
 # --- Derivatives: right, or refused.
@@ -260,23 +228,19 @@ def test_second_derivatives_are_right():
 
 @pytest.mark.parametrize("which", [0, 1])
 def test_a_gradient_by_a_weight_is_refused_instead_of_absent(which):
-    options = {"rank": 3}
     delta, *bases = case()
     delta.requires_grad_()
     name = ("W_src", "W_tgt")[which]
     pair = [w.clone().requires_grad_() * 1 if i == which else w for i, w in enumerate(bases)]
     with pytest.raises(NotImplementedError, match=rf"no gradient.*{name}.detach\(\)"):
-        project(delta, *pair, **options)
+        project(delta, *pair, rank=3)
     with pytest.raises(NotImplementedError, match=name):
         torch.func.grad(lambda w: project(delta, *pair[:which], w, *pair[which + 1 :]).sum())(
             bases[which]
         )
     with torch.no_grad():
-        plain = project(delta, *pair, **options)
-    moved = project(delta, *(w.detach() for w in pair), **options)
-    assert torch.equal(plain, moved)
-    (gradient,) = torch.autograd.grad(moved.square().sum(), delta)
-    assert gradient.norm() > 0
+        plain = project(delta, *pair, rank=3)
+    assert torch.equal(plain, project(delta, *(w.detach() for w in pair), rank=3))
 
 
 def test_a_weight_of_a_module_is_taken_detached():

@@ -12,7 +12,7 @@ from spectra import lapack, planted, power_law, true_error
 
 from prolora import errors, truncated_svd
 from prolora.core.ops import native
-from prolora.core.ops.krylov_block import krylov_block, run_krylov_block
+from prolora.core.ops.krylov_block import run_krylov_block
 from prolora.core.svd import krylov, stacks
 
 EPS = 2.0**-23
@@ -109,17 +109,6 @@ def run(extension, w, size, width, room, seed=1):
     rows, projected = basis(len(w), w.shape[1], size, room, seed)
     length = run_krylov_block(extension, w, rows, projected, size, width, cuda=True)
     return length, rows, projected
-
-
-def test_neither_the_order_of_threads_nor_a_second_run_changes_a_bit(monkeypatch):
-    extension = load("emulated", "_emulated")
-    w, results = weights(1, 72, 520, BFLOAT, False), []
-    for seed in "0123":
-        monkeypatch.setenv("EMU_SEED", seed)
-        results.append(run(extension, w, 32, 16, 64))
-    for other in results[1:]:
-        for one, two in zip(results[0], other, strict=True):
-            assert torch.equal(one.nan_to_num(7.0), two.nan_to_num(7.0))
 
 
 def test_a_direction_that_adds_nothing_is_a_zero_row(kernels):
@@ -237,86 +226,32 @@ def asked(monkeypatch):
     monkeypatch.setattr(stacks, "FORCE_BATCHED", True)
 
 
-def stack_of_16_bits(m, n, count=2, dtype=HALF):
-    return torch.stack(
-        [planted(m, n, power_law(min(m, n), 0.5), seed)[0].to(dtype) for seed in range(count)]
-    )
+def stack_of_16_bits(m, n, dtype, *exponents):
+    made = [planted(m, n, power_law(min(m, n), x), i)[0] for i, x in enumerate(exponents)]
+    return torch.stack(made).to(dtype)
 
 
-def check_bases(w, basis):
-    """No bound is below the sine to LAPACK's subspaces in float64."""
-    for i, weight in enumerate(w):
-        assert true_error(lapack(weight), basis[i]) <= float(basis.bound[i])
-
-
-@pytest.mark.parametrize(("shape", "dtype"), [((768, 800), HALF), ((800, 768), BFLOAT)])
-def test_truncated_svd_finds_its_blocks_by_the_op_where_it_is_asked_for(asked, shape, dtype):
-    w = stack_of_16_bits(*shape, dtype=dtype)
+def test_truncated_svd_finds_its_blocks_by_the_op_where_it_is_asked_for(asked):
+    """Two matrices converge sooner than the third, and leave the stack."""
+    w = stack_of_16_bits(800, 768, BFLOAT, 0.5, 0.5, 0.3)
     with Calls() as calls:
         basis = truncated_svd(w, 48)
-    assert basis.rungs == ("krylov",) * 2 and basis.ok.all()
+    assert basis.rungs[:2] == ("krylov",) * 2 and basis.ok.all()
     # The first block is no image of another one.
     assert calls.counts["prolora::panel_qr"] == 2 and calls.counts["prolora::krylov_block"] > 8
-    check_bases(w, basis)
-    again = truncated_svd(w, 48)
-    assert all(torch.equal(getattr(basis, x), getattr(again, x)) for x in ("U", "S", "V", "bound"))
-
-
-def test_matrices_leave_the_stack_and_those_of_another_scale_are_not_taken_as_stored(asked):
-    slow = planted(768, 768, power_law(768, 0.3), 5)[0].to(BFLOAT)
-    w = torch.cat([stack_of_16_bits(768, 768, dtype=BFLOAT), slow[None]])
-    basis = truncated_svd(w, 48)
-    assert basis.ok.all()
-    check_bases(w, basis)
-    with Calls() as calls:
-        far = truncated_svd(w * 2.0**40, 48)
+    for i, weight in enumerate(w):
+        assert true_error(lapack(weight), basis[i]) <= float(basis.bound[i])
+    with Calls() as calls:  # of a scale that 16 bits do not have
+        far = truncated_svd(w[:1] * 2.0**40, 48)
     assert not calls.counts["prolora::krylov_block"] and far.ok.all()
 
 
 def test_a_cpu_or_a_card_without_the_kernels_multiplies_its_float32_copy():
     """Rather than make a copy for each block, as the twin would."""
-    w = stack_of_16_bits(96, 120)
+    w = stack_of_16_bits(96, 120, HALF, 0.5)
     for there in (w, w.to("meta")):
         single = there.float()
         assert not krylov._takes_stored(single, single[:, 0, 0].double(), 8, 0, there)
-
-
-def test_what_the_op_does_not_take_is_refused_by_name():
-    w = weights(2, 40, 48, HALF, False)
-    wide = weights(1, 80, 80, HALF, False)
-    rows, projected = basis(2, 40, 16, 24)
-    for wrong, reason in (
-        ((w.float(), rows, projected, 16, 8), "w must be float16 or bfloat16, not torch.float32"),
-        ((w, rows.double(), projected, 16, 8), "rows must be float32"),
-        ((w, rows, [1.0], 16, 8), "projected must be a torch.Tensor, not list"),
-        ((w, rows[:, ::2], projected, 8, 8), "rows must be a contiguous stack"),
-        ((w[:, ::2], rows, projected, 16, 8), "w must be a contiguous stack"),
-        ((w, rows.to("meta"), projected, 16, 8), "w is on cpu, but rows is on meta"),
-    ):
-        with pytest.raises(TypeError, match=reason):
-            krylov_block(*wrong)
-    for wrong, reason in (
-        ((w[:1], rows, projected, 16, 8), r"rows must be \(1, 24, 40\), not \(2, 24, 40\)"),
-        ((w, rows, projected[:, :, :-1].contiguous(), 16, 8), "projected must be"),
-        ((w, rows, projected, 16, 17), "not width 17"),
-        ((wide, *basis(1, 80, 66, 70), 66, 65), "width <= d and 64; not width 65"),
-        ((w, rows, projected, 25, 8), "size 25"),
-        ((w, rows, projected, 16, 0), "not width 0"),
-    ):
-        with pytest.raises(errors.ShapeMismatch, match=reason):
-            krylov_block(*wrong)
-
-
-def test_the_operator_itself_refuses_what_it_would_read_or_write_wrongly():
-    operator = torch.ops.prolora.krylov_block
-    w = weights(2, 40, 48, HALF, False)
-    rows, projected = basis(2, 40, 16, 24)
-    with pytest.raises(TypeError, match="w must be a contiguous stack"):
-        operator(w[:, :, ::2], rows, projected, 16, 8)
-    for size, width in ((32, 8), (16, 0), (8, 16), (-8, 8)):
-        with pytest.raises(errors.ShapeMismatch, match=f"size {size}"):
-            operator(w, rows, projected, size, width)
-    assert rows[:, 16:].isnan().all() and projected.isnan().all()
 
 
 def test_a_kernel_that_does_not_launch_is_no_solver_that_did_not_converge(asked, monkeypatch):
@@ -332,7 +267,7 @@ def test_a_kernel_that_does_not_launch_is_no_solver_that_did_not_converge(asked,
         native.OPS, "krylov_block", replace(native.OPS["krylov_block"], twin=launch)
     )
     with pytest.raises(errors.KernelFailure, match=r"too many resources.*PROLORA_NATIVE=OFF"):
-        truncated_svd(stack_of_16_bits(768, 768, 1), 48)
+        truncated_svd(stack_of_16_bits(768, 768, HALF, 0.5), 48)
 
 
 @pytest.mark.parametrize("exponent", [-90, 70])

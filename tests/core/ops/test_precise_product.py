@@ -188,24 +188,3 @@ def test_a_thousand_random_cases_are_what_float64_gives(monkeypatch, nan_memory,
         except AssertionError as error:
             error.add_note(f"case {case}")
             raise
-
-
-def test_what_the_op_does_not_take_is_refused_by_name():
-    x = random(2, 4, 6)
-    for wrong, reason in (
-        ((x.long(), x), "x must be of 16, 32 or 64 bits"),
-        ((x, x.to("meta")), "x is on cpu, but y is on meta"),
-    ):
-        with pytest.raises(TypeError, match=reason):
-            precise_product(*wrong)
-    for given, wrong in ((x, x[:1]), (x, x[:, :, :-1]), (x, x[0]), (x[:, :, :0], x[:, :, :0])):
-        with pytest.raises(
-            errors.ShapeMismatch, match=r"takes \[b, r, p\] and \[b, c, p\], p >= 1"
-        ):
-            precise_product(given, wrong)
-
-
-def test_the_extension_takes_it_as_float32_alone():
-    extension = load("cpu", "_C")
-    with pytest.raises(RuntimeError, match="not in this precision"):
-        extension.run("precise_product", [0] * 12, True, False, 0)

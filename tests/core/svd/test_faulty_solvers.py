@@ -1,5 +1,6 @@
 """A solver that fails or lies: the next rung takes over, or the result says that it is not ok."""
 
+import re
 from functools import cache
 
 import pytest
@@ -17,12 +18,11 @@ from spectra import (
     true_error,
 )
 
-from prolora import LowRank, ProLoRAError, truncated_svd
+from prolora import LowRank, truncated_svd
 from prolora.core.exceptions import SolverFailure
 from prolora.core.svd import gram, partial, solvers, stacks
 from prolora.errors import NonFiniteWeights
 
-SLOW = pytest.mark.slow
 EIGH, SVD = torch.linalg.eigh, torch.linalg.svd
 
 
@@ -133,10 +133,7 @@ def test_where_the_float32_solver_fails_a_rung_in_float64_takes_over(monkeypatch
     assert truncated_svd(weight, k).rung == rung
     break_eigh(monkeypatch, fault, {torch.float32})
     basis = truncated_svd(weight, k)
-    assert basis.ok and true_error(exact, basis) <= basis.bound
-    values = power_law(min(weight.shape), 0.5)[:k].float()
-    torch.testing.assert_close(basis.S, values, rtol=1e-5, atol=0)
-    assert basis.rung == "gram-f64"
+    assert basis.rung == "gram-f64" and basis.ok and true_error(exact, basis) <= basis.bound
 
 
 @pytest.mark.parametrize(("fault", "case"), pair_up(FAULTS, CASES))
@@ -166,9 +163,8 @@ def test_where_every_solver_lies_the_result_says_that_it_is_not_ok(monkeypatch, 
 def test_where_every_solver_raises_the_error_is_prolora_s_own(monkeypatch, fault):
     break_eigh(monkeypatch, fault, {torch.float32, torch.float64})
     monkeypatch.setattr(torch.linalg, "svd", fault)
-    with pytest.raises(ProLoRAError) as error:
+    with pytest.raises(SolverFailure):
         truncated_svd(torch.randn(20, 30), 4)
-    assert isinstance(error.value, SolverFailure | RuntimeError)
 
 
 def test_where_the_svd_fails_the_gram_matrix_answers_with_its_own_bound(monkeypatch):
@@ -223,15 +219,13 @@ def spoil_the_first_of_a_stack(values, vectors):
 QUALITIES = {
     "1e-5": with_noise(1e-5, False),
     "1e-5, orthonormal": with_noise(1e-5, True),
-    "2e-4, orthonormal": with_noise(
-        2e-4, True
-    ),  # about the worst that the solver's check lets pass
+    "2e-4, orthonormal": with_noise(2e-4, True),  # about the worst that the check lets pass
     "1e-3": with_noise(1e-3, False),
     "1e-3, orthonormal": with_noise(1e-3, True),
     "unrelated vectors": give_unrelated_vectors,
     "one of a stack": spoil_the_first_of_a_stack,
-    "failure": raise_linalg,
 }
+LIMITED = ("1e-5", "1e-5, orthonormal", "2e-4, orthonormal")
 
 
 # Name: (d, n, columns, singular values); the cut goes through a cluster, and among spikes.
@@ -255,15 +249,6 @@ def stack_of(rung):
     return stack, lapack(stack)
 
 
-LIMITED = ("1e-5", "1e-5, orthonormal", "2e-4, orthonormal")
-CALLS = [
-    *(("gram-f32", quality, whole) for quality in QUALITIES for whole in (False, True)),
-    *(("krylov", quality, True) for quality in (*LIMITED, "unrelated vectors", "one of a stack")),
-    ("krylov", "2e-4, orthonormal", False),
-]
-FEWER = ("2e-4, orthonormal", "unrelated vectors", "one of a stack")
-
-
 def check_quality(monkeypatch, rung, quality, whole_stacks):
     """The basis of a stack, none of whose bounds is below the error, or `ok` above the bound."""
     monkeypatch.setattr(stacks, "FORCE_BATCHED", whole_stacks)
@@ -278,17 +263,11 @@ def check_quality(monkeypatch, rung, quality, whole_stacks):
 
 
 @pytest.mark.parametrize(
-    ("rung", "quality", "whole_stacks"),
-    [
-        pytest.param(
-            *call, marks=() if call[1] in FEWER or call[2] > (call[0] == "krylov") else SLOW
-        )
-        for call in CALLS
-    ],
+    ("quality", "way"),
+    pair_up(QUALITIES, [("gram-f32", True), ("krylov", True), ("gram-f32", False)]),
 )
-def test_no_quality_of_a_float32_solver_puts_the_bound_below_the_error(
-    monkeypatch, rung, quality, whole_stacks
-):
+def test_no_quality_of_a_float32_solver_puts_the_bound_below_the_error(monkeypatch, way, quality):
+    rung, whole_stacks = way
     basis = check_quality(monkeypatch, rung, quality, whole_stacks)
     assert basis.ok.all()
     partly = quality == "one of a stack" and whole_stacks  # the others keep their rung
@@ -320,8 +299,9 @@ def test_a_product_of_factors_is_cut_in_float64_where_float32_does_not_converge(
             update.truncate(3)
 
 
-@pytest.mark.parametrize("quality", ["1e-3, orthonormal", "unrelated vectors"])
-@pytest.mark.parametrize("rung", STACKS)
+@pytest.mark.parametrize(
+    ("rung", "quality"), pair_up(STACKS, ["1e-3, orthonormal", "unrelated vectors"])
+)
 def test_nor_where_nobody_checks_what_the_solver_gives(monkeypatch, rung, quality):
     measure = solvers._measure_pairs
     monkeypatch.setattr(solvers, "_measure_pairs", lambda *pairs: [0 * x for x in measure(*pairs)])
@@ -338,20 +318,15 @@ def test_nor_where_nobody_checks_what_the_solver_gives(monkeypatch, rung, qualit
     ],
     ids=["krylov", "gram-f32", "gram-f64", "svd-f32"],
 )
-def test_a_mistake_in_a_rung_is_no_lack_of_convergence(monkeypatch, shape, rank, solver):
-    def mistaken(*args, **options):
-        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied (3x4 and 5x6)")
+def test_a_mistake_in_a_rung_or_too_little_memory_is_no_lack_of_convergence(
+    monkeypatch, shape, rank, solver
+):
+    for words in ("mat1 and mat2 shapes cannot be multiplied (3x4)", "can't allocate memory"):
 
-    monkeypatch.setattr(torch.linalg, solver, mistaken)
-    monkeypatch.setattr(torch.linalg, "eigvalsh", mistaken)
-    with pytest.raises(RuntimeError, match="cannot be multiplied"):
-        truncated_svd(torch.randn(shape), rank)
+        def mistaken(*args, words=words, **options):
+            raise RuntimeError(words)
 
-
-def test_too_little_memory_is_no_reason_to_try_what_takes_more(monkeypatch):
-    def exhausted(*args, **options):
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
-
-    monkeypatch.setattr(torch.linalg, "eigh", exhausted)
-    with pytest.raises(RuntimeError, match="allocate memory"):
-        truncated_svd(torch.randn(20, 30), 4)
+        monkeypatch.setattr(torch.linalg, solver, mistaken)
+        monkeypatch.setattr(torch.linalg, "eigvalsh", mistaken)
+        with pytest.raises(RuntimeError, match=re.escape(words)):
+            truncated_svd(torch.randn(shape), rank)

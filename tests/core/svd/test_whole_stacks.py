@@ -3,7 +3,7 @@
 import pytest
 import torch
 from dispatched import Calls
-from spectra import lapack, planted, power_law, rank_above, sine, steps, true_error
+from spectra import lapack, planted, power_law, rank_above, steps, true_error
 
 from prolora import truncated_svd
 from prolora.core.svd import krylov, stacks
@@ -13,14 +13,6 @@ SMALL, LARGE = 400, 800
 WAITS = {"_local_scalar_dense", "item", "nonzero", "equal", "is_nonzero", "masked_select", "tolist"}
 
 
-def low_rank(d, k):
-    return torch.linspace(2, 1, k // 2, dtype=torch.float64)
-
-
-def no_gap(d, k):
-    return torch.cat([torch.full((k // 2,), 2.0), torch.full((d - k // 2,), 1.0)])
-
-
 def weight(d, n, values, seed=0):
     return planted(d, n, values, seed)[0].float()
 
@@ -28,11 +20,10 @@ def weight(d, n, values, seed=0):
 def mixed_stack(m, n, k):
     """Healthy, zero and clustered matrices, those of low rank and without a gap, in no order."""
     d = min(m, n)
-    spectra = [power_law(d, 0.5), steps(d, k), rank_above(d, k)]
+    spectra = [power_law(d, 0.5), torch.zeros(d), steps(d, k), rank_above(d, k)]
     if d < LARGE:
-        spectra += [low_rank(d, k), power_law(d, 1.0), no_gap(d, k)]
-    made = [weight(m, n, values, seed) for seed, values in enumerate(spectra)]
-    return torch.stack([made[0], torch.zeros(m, n), *made[1:]])
+        spectra += [torch.linspace(2, 1, k // 2), power_law(d, 1.0), steps(d, k // 2)]
+    return torch.stack([weight(m, n, values, seed) for seed, values in enumerate(spectra)])
 
 
 @pytest.fixture
@@ -45,16 +36,15 @@ def whole_stacks(monkeypatch):
     ("d", "n", "rank"),
     [
         (LARGE, LARGE, 64),
-        (SMALL, 450, 100),
+        pytest.param(SMALL, 450, 100, marks=pytest.mark.slow),
         pytest.param(450, SMALL, 5, marks=pytest.mark.slow),
-        pytest.param(SMALL, 450, 0.9, marks=pytest.mark.slow),
-        (SMALL, 450, 0.99),
+        (450, SMALL, 0.9),
+        pytest.param(SMALL, 450, 0.99, marks=pytest.mark.slow),
         (40, 60, 16),
     ],
 )
 def test_a_whole_stack_equals_its_members_each_on_its_own_rung(whole_stacks, d, n, rank):
-    k = rank if rank > 8 else min(d, n) // 4
-    stack = mixed_stack(d, n, k)
+    stack = mixed_stack(d, n, rank if rank > 8 else min(d, n) // 4)
     alone = [truncated_svd(one, rank) for one in stack]
     whole_stacks()
     together = truncated_svd(stack, rank)
@@ -67,29 +57,17 @@ def test_a_whole_stack_equals_its_members_each_on_its_own_rung(whole_stacks, d, 
         k = int(one.rank)
         torch.testing.assert_close(together.S[i, :k], one.S[:k], rtol=1e-5, atol=1e-5)
         assert not together.U[i, :, k:].any() and not together.S[i, k:].any()
-        if one.ok:
-            apart = sine(one.U[:, :k], together.U[i, :, :k])
-            assert apart <= max(1e-5, float(one.bound + together.bound[i]))
-    for i, one in enumerate(stack[:1] if d == LARGE else stack):
-        error, bound = true_error(lapack(one), together[i]), float(together.bound[i])
-        assert bound >= 1 or error <= bound
-
-
-@pytest.mark.parametrize(("d", "rank"), [(768, 16), (SMALL, 0.9)])
-def test_the_same_whole_stack_gives_the_same_bits(whole_stacks, d, rank):
-    whole_stacks()
-    stack = torch.stack([weight(d, d, power_law(d, 0.5), seed) for seed in range(2)])
-    first, second = truncated_svd(stack, rank), truncated_svd(stack, rank)
-    for name in ("U", "S", "V", "bound", "residual"):
-        assert torch.equal(getattr(first, name), getattr(second, name))
+        bound = float(together.bound[i])
+        if d < LARGE or i == 0:
+            assert bound >= 1 or true_error(lapack(stack[i]), together[i]) <= bound
 
 
 @pytest.mark.parametrize(
     ("d", "n", "rank", "rung"),
     [
         (768, 800, 16, "krylov"),
-        (768, 2400, 16, "krylov"),
-        (400, 450, 60, "gram-f32"),
+        pytest.param(768, 2400, 16, "krylov", marks=pytest.mark.slow),
+        pytest.param(400, 450, 60, "gram-f32", marks=pytest.mark.slow),
         (400, 450, 0.9, "gram-f32"),
         (60, 80, 0.9, "gram-f64"),
     ],
@@ -116,8 +94,10 @@ def test_a_stack_takes_as_many_steps_and_waits_as_one_matrix(
         waits = sum(calls.counts[name] for name in WAITS) + len(lists)
         counts.append((calls.counts.total(), waits))
         assert (calls.counts["prolora::panel_qr"] > 3) == (rung == "krylov")  # through the kernel
-    assert counts[0] == counts[1]
-    assert 0 < counts[0][1] <= 8
+    assert counts[0] == counts[1] and 0 < counts[0][1] <= 8
+    again = truncated_svd(stack, rank)
+    for name in ("U", "S", "V", "bound", "residual"):
+        assert torch.equal(getattr(basis, name), getattr(again, name))
 
 
 def test_a_gpu_s_stack_fills_a_share_of_its_memory_and_gives_way_by_halves():
