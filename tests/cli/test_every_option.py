@@ -6,7 +6,7 @@ from random import Random
 import pytest
 from property_examples import AT_NIGHT
 
-SAMPLE = 5000 if AT_NIGHT else 150
+SAMPLE = 5000 if AT_NIGHT else 90
 """How many of some 7,000 values are tried; `python tests/attack options` tries all."""
 
 

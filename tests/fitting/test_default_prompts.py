@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 import pytest
-import tiny_pipelines as tiny
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -14,13 +13,17 @@ import prolora
 from prolora.adapters.trigger_words import CaptionedFolder, TrainingWords, read_trigger_words
 from prolora.fitting.default_prompts import COUNT, DIVERSE, derive_prompts
 from prolora.fitting.pipelines.pipeline import Pipeline
-from prolora.fitting.pipelines.pipeline_opening import open_pipeline
 
 TAGS = {"sks cat": 20, "grass": 10, "night": 1}
 
 
+def prompts_of(*folders: tuple[int, dict[str, int]], phrase: str = "") -> tuple[str, ...]:
+    """Those of a header with a trigger phrase, and of each folder its images and tags."""
+    return derive_prompts(TrainingWords(phrase, tuple(CaptionedFolder(*one) for one in folders)))
+
+
 def test_half_are_captions_and_of_the_scenes_half_are_without_the_trigger():
-    prompts = derive_prompts(TrainingWords("", (CaptionedFolder(20, TAGS),)))
+    prompts = prompts_of((20, TAGS))
     assert len(prompts) == COUNT
     assert all(set(prompt.split(", ")) <= TAGS.keys() for prompt in prompts[::2])
     assert all(prompt.startswith("sks cat") for prompt in prompts[::2])
@@ -30,18 +33,16 @@ def test_half_are_captions_and_of_the_scenes_half_are_without_the_trigger():
 
 
 def test_a_phrase_of_the_author_is_the_trigger_and_stands_in_every_caption_once():
-    words = TrainingWords("Sks Cat", (CaptionedFolder(20, {"grass": 15, "sks cat": 9}),))
-    prompts = derive_prompts(words)
+    prompts = prompts_of((20, {"grass": 15, "sks cat": 9}), phrase="Sks Cat")
     assert all(prompt.casefold().count("sks cat") == 1 for prompt in prompts[::2])
     assert all(prompt.startswith("Sks Cat, ") for prompt in prompts[1::4])
-    alone = derive_prompts(TrainingWords("zwx"))
+    alone = prompts_of(phrase="zwx")
     assert [("zwx" in prompt) for prompt in alone] == [True, True, True, False] * (COUNT // 4)
 
 
 def test_a_tag_of_few_images_is_no_trigger_and_no_header_gives_plain_scenes():
-    folders = (CaptionedFolder(20, {"grass": 8, "sky": 7}), CaptionedFolder(3, {"car": 3}))
-    assert derive_prompts(TrainingWords("", folders))[1::4] == DIVERSE[1::4]
-    assert derive_prompts(TrainingWords()) == DIVERSE[:COUNT]
+    assert prompts_of((20, {"grass": 8, "sky": 7}), (3, {"car": 3}))[1::4] == DIVERSE[1::4]
+    assert prompts_of() == DIVERSE[:COUNT]
     assert len(set(DIVERSE)) == len(DIVERSE) >= COUNT
 
 
@@ -54,19 +55,9 @@ def test_any_tags_make_prompts(tables):
     assert prompts == derive_prompts(read_trigger_words(header))
 
 
-@pytest.fixture(scope="module")
-def room(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("prompts")
-    for seed in (0, 5):
-        tiny.save(folder / str(seed), seed=seed)
-    unet = open_pipeline(folder / "0").denoiser
-    file = tiny.write_lora(folder / "lora.safetensors", tiny.updates(unet, ("ff.net.2",)))
+def test_both_models_are_asked_with_them_where_no_prompts_are_given(ends, tmp_path, monkeypatch):
     header = {"ss_tag_frequency": json.dumps({"10_sks": {"cat": 9, "dog": 3}})}
-    save_file(load_file(file), folder / "tagged.safetensors", header)
-    return folder
-
-
-def test_both_models_are_asked_with_them_where_no_prompts_are_given(room, monkeypatch):
+    save_file(load_file(ends[0]), tmp_path / "tagged.safetensors", header)
     asked = []
     sample = Pipeline.sample_latents
 
@@ -75,18 +66,9 @@ def test_both_models_are_asked_with_them_where_no_prompts_are_given(room, monkey
         return sample(self, prompt, *rest, **more)
 
     monkeypatch.setattr(Pipeline, "sample_latents", record)
-    moved = prolora.fit(
-        room / "tagged.safetensors",
-        room / "0",
-        room / "5",
-        images=2,
-        steps=1,
-        fit_steps=1,
-        force=True,
-    )
-    prompts = derive_prompts(
-        read_trigger_words({"ss_tag_frequency": '{"a": {"cat": 9, "dog": 3}}'})
-    )
+    few = {"images": 2, "steps": 1, "fit_steps": 1, "force": True}
+    moved = prolora.fit(tmp_path / "tagged.safetensors", *ends[1:], **few)
+    prompts = prompts_of((9, {"cat": 9, "dog": 3}))
     said = " ".join(moved.report.sentences())
     assert set(prompts) <= set(asked) <= {*prompts, ""}
     assert moved.report.probe.derived_prompts == prompts

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import SanaTransformer2DModel
-from fitting import FlowSide, fit_models
+from fitting import FlowSide, fit_models, predict, solve, teach
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -17,9 +17,6 @@ from prolora import LowRank
 from prolora import fitting as probe
 from prolora.architectures.modules import matrix_shape, may_be_fitted
 from prolora.fitting.gate import Gate
-from prolora.fitting.sides import Call
-from prolora.fitting.solver.joint_fit import JointFit, JointProblem, fit_jointly
-from prolora.fitting.solver.linearisation import ProbeBatch
 
 CONVOLUTIONS: dict[str, dict[str, Any]] = {
     "of single places": {"kernel_size": 1},
@@ -55,12 +52,6 @@ class OfPatches(nn.Module):
         return self.linear(rows).mT.unflatten(2, size)
 
 
-def fit(model: nn.Module, name: str, probes: list[ProbeBatch]) -> JointFit:
-    return fit_jointly(
-        JointProblem(model, [name], lambda y: y, lambda: probes, 4, damping=0.1, rank=2)
-    )
-
-
 @pytest.mark.parametrize("kind", CONVOLUTIONS)
 def test_a_convolution_gets_the_update_that_a_linear_layer_on_its_patches_gets(kind: str):
     torch.manual_seed(0)
@@ -69,24 +60,15 @@ def test_a_convolution_gets_the_update_that_a_linear_layer_on_its_patches_gets(k
     twin = nn.Sequential(OfPatches(one), nn.SiLU(), last)
     changed = copy.deepcopy(whole)
     x = torch.randn(6, 3, 6, 7)
-    with torch.no_grad():
-        changed[0].weight += 0.1 * torch.randn(one.weight.shape)
-        plain, wanted = whole(x), changed(x)
-        torch.testing.assert_close(twin(x), plain)
-    probes = [ProbeBatch(Call((x,), {}), plain, wanted)]
-    ours, theirs = fit(whole, "0", probes), fit(twin, "0.linear", probes)
+    changed[0].weight.data += 0.1 * torch.randn(one.weight.shape)
+    probes = teach(whole, x, predict(changed, x) - predict(whole, x))
+    torch.testing.assert_close(predict(twin, x), probes[0].plain)
+    ours = solve(whole, ["0"], probes, 4, 0.1)
+    theirs = solve(twin, ["0.linear"], probes, 4, 0.1)
     torch.testing.assert_close(ours.history, theirs.history, atol=1e-3, rtol=0)
     assert ours.history[-1] > 0.5
-    torch.testing.assert_close(
-        ours.updates["0"].dense(), theirs.updates["0.linear"].dense(), atol=1e-3, rtol=1e-2
-    )
-
-
-class SigmaSide(FlowSide):
-    """A model of images and noise sizes."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(model, (1, 6, 6))
+    found, wanted = ours.updates["0"].dense(), theirs.updates["0.linear"].dense()
+    torch.testing.assert_close(found, wanted, atol=1e-3, rtol=1e-2)
 
 
 def make_sana() -> SanaTransformer2DModel:
@@ -141,61 +123,3 @@ def test_a_raised_strength_is_told_with_what_to_do():
     assert "Load it at 1" in report.sentences()[-1]
     copied = replace(raised, decision="copy", copy_strength=0.75)
     assert "copy, at strength 0.75" in replace(report, gate=copied).sentences()[-1]
-
-
-class Vision(nn.Module):
-    """torch's own encoder layers: its attention never calls `out_proj`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.patch = nn.Conv2d(1, 8, 2, stride=2)
-        self.transformer = nn.Sequential(
-            *(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True) for _ in range(2))
-        )
-        self.leave = nn.ConvTranspose2d(8, 1, 2, stride=2)
-
-    def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
-        h = self.patch(x)
-        tokens = self.transformer(h.flatten(2).mT + sigma[:, None, None])
-        return self.leave(tokens.mT.unflatten(2, h.shape[2:]))
-
-
-class Pointwise(nn.Module):
-    """Layers in lists, which no name calls blocks."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.patch, self.leave = nn.Conv2d(1, 8, 2, stride=2), nn.ConvTranspose2d(8, 1, 2, stride=2)
-        self.layers = nn.ModuleList(
-            nn.Sequential(
-                nn.Conv2d(8, 16, 1),
-                nn.GELU(),
-                nn.Conv2d(16, 16, 3, padding=1, groups=16),
-                nn.Conv2d(16, 8, 1),
-            )
-            for _ in range(2)
-        )
-
-    def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
-        h = self.patch(x) + sigma[:, None, None, None]
-        for layer in self.layers:
-            h = h + layer(h)
-        return self.leave(h)
-
-
-@pytest.mark.parametrize("forth", [True, False])
-def test_a_fit_crosses_between_torch_s_encoder_and_convolutions_of_one_pixel(forth: bool):
-    torch.manual_seed(0)
-    linear = {f"transformer.{i}.linear{j}" for i in (0, 1) for j in (1, 2)}
-    points = {f"layers.{i}.{j}" for i in (0, 1) for j in (0, 3)}
-    sides = (Vision(), linear), (Pointwise(), points)
-    (source, adapted), (target, reached) = sides if forth else sides[::-1]
-    lora = {}
-    for name in sorted(adapted | ({"transformer.0.self_attn.out_proj"} if forth else set())):
-        m, n = source.get_submodule(name).weight.flatten(1).shape
-        lora[name] = LowRank(torch.randn(m, 2) / 2, torch.randn(2, n) / n**0.5)
-    sides = SigmaSide(source), SigmaSide(target)
-    moved = fit_models(*sides, lora, images=8, fit_steps=12, rank=2, force=True)
-    assert moved.updates.keys() == reached
-    assert moved.report.left_out.keys() == lora.keys() - adapted
-    assert moved.report.steps[-1] > 0.2

@@ -8,12 +8,12 @@ import pytest
 import tiny_pipelines as tiny
 import torch
 from fitting import PlainSide, ask, draw_probes
+from lora_files import read_lora
 from test_model_classes import SETTINGS, flux, opened, stable_diffusion, updates
 from torch import nn
 
-from prolora import FitOptions, adapters, fit
+from prolora import FitOptions, fit, open_base
 from prolora import fitting as probe
-from prolora.bases import open_base
 from prolora.fitting.gate import (
     COPY,
     GO,
@@ -106,6 +106,6 @@ def test_an_ε_model_and_a_flow_with_one_vae_see_the_same_images_and_noise(tmp_p
     assert moved.report.probe.pairs and moved.report.probe.shared
     assert "6 sampled images, with the same noise" in " ".join(moved.report.sentences())
     shapes = open_base(target).shapes
-    written = adapters.read_adapter(tmp_path / "out.safetensors").updates
+    written = read_lora(tmp_path / "out.safetensors").updates
     assert written
     assert all(tuple(shapes[name]) == tuple(u.shape) for name, u in written.items())

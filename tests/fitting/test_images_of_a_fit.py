@@ -158,12 +158,6 @@ def test_a_png_holds_the_pixels_that_were_given(shape):
     assert (held == wanted).all()
 
 
-def test_the_number_of_prompts_that_are_shown_is_checked():
-    for wrong in (-1, 1.5, True):
-        with pytest.raises(prolora.errors.InvalidOption, match="shown_prompts"):
-            prolora.FitOptions(shown_prompts=wrong)
-
-
 def test_a_prompt_is_text_on_the_page():
     png = write_png(torch.zeros(3, 4, 4))
     prompts = ("<script>alert(1)</script>", "")

@@ -9,33 +9,23 @@ from typing import Any
 import pytest
 import tiny_pipelines as tiny
 import torch
-from crossing_pipelines import tokenizer
+from crossing_pipelines import TEXT, flux, sdxl, t5, tokenizer
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
-    FluxPipeline,
-    FluxTransformer2DModel,
     PixArtAlphaPipeline,
     PixArtTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
     UNet2DConditionModel,
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
 from fitting import ask, draw_probes, watch_calls
 from torch import nn
-from transformers import (
-    CLIPTextModelWithProjection,
-    Qwen3Config,
-    Qwen3Model,
-    T5Config,
-    T5EncoderModel,
-)
+from transformers import CLIPTextModelWithProjection, Qwen3Config, Qwen3Model
 
 from prolora import FitOptions, LowRank, ProLoRAError
 from prolora import fitting as probe
@@ -54,30 +44,6 @@ def stable_diffusion(folder) -> Any:
     parts = tiny.vae(), tiny.text_encoder(8), tiny.tokenizer(folder), unet
     scheduler = DDIMScheduler(**tiny.ALPHAS)
     return StableDiffusionPipeline(*parts, scheduler, None, None, requires_safety_checker=False)
-
-
-def sdxl(folder) -> Any:
-    unet = UNet2DConditionModel(
-        **tiny.UNET,
-        cross_attention_dim=20,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=60,
-    )
-    return StableDiffusionXLPipeline(
-        vae=tiny.vae(),
-        unet=unet,
-        scheduler=EulerDiscreteScheduler(**tiny.ALPHAS),
-        text_encoder=tiny.text_encoder(8),
-        tokenizer=tiny.tokenizer(folder),
-        text_encoder_2=tiny.text_encoder(12, CLIPTextModelWithProjection),
-        tokenizer_2=tiny.tokenizer(folder),
-    )
-
-
-def t5() -> tuple[T5EncoderModel, Any]:
-    config = T5Config(vocab_size=8, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
-    return T5EncoderModel(config), tokenizer()
 
 
 def pixart(folder) -> Any:
@@ -122,15 +88,6 @@ def sd3(folder) -> Any:
     return StableDiffusion3Pipeline(transformer, scheduler, tiny.vae(), *clip, *t5())
 
 
-def flux(folder) -> Any:
-    transformer = FluxTransformer2DModel(
-        **tiny.FLUX, in_channels=16, num_layers=1, num_single_layers=1
-    )
-    clip = tiny.text_encoder(8), tiny.tokenizer(folder)
-    scheduler = FlowMatchEulerDiscreteScheduler()
-    return FluxPipeline(scheduler, tiny.vae(), *clip, *t5(), transformer)
-
-
 def z_image(folder) -> Any:
     transformer = ZImageTransformer2DModel(
         in_channels=4,
@@ -147,17 +104,8 @@ def z_image(folder) -> Any:
         nn.init.normal_(token)
     words = tokenizer(512)
     words.chat_template = "cat {% for m in messages %}{{ m['content'] }}{% endfor %}"
-    encoder = Qwen3Model(
-        Qwen3Config(
-            vocab_size=64,
-            hidden_size=16,
-            intermediate_size=16,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            head_dim=8,
-        )
-    )
+    width = {"hidden_size": 16, "intermediate_size": 16}
+    encoder = Qwen3Model(Qwen3Config(**TEXT | width, num_hidden_layers=2, head_dim=8))
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     return ZImagePipeline(scheduler, tiny.vae(), encoder, words, transformer)
 

@@ -60,12 +60,6 @@ def quick(monkeypatch):
         monkeypatch.setattr(pictures, name, value)
 
 
-@pytest.fixture
-def unopened(monkeypatch):
-    """No model may be loaded."""
-    monkeypatch.setattr(pictures, "open_pipeline", lambda *_: pytest.fail("it was loaded"))
-
-
 def test_a_training_is_nearer_to_held_out_pictures_than_every_copy(icons, folder, tmp_path, quick):
     out = tmp_path / "out.safetensors"
     lora = icons / "loras/duotone.safetensors"
@@ -141,11 +135,10 @@ def test_an_interrupted_training_leaves_no_file(icons, folder, tmp_path, quick):
         if name == "training" and done > 4:
             raise KeyboardInterrupt
 
-    lora, out = icons / "loras/neon.safetensors", tmp_path / "a.safetensors"
+    ends, asked = (icons / "loras/neon.safetensors", None, icons / "far"), {"pictures": folder}
+    asked |= {"out": tmp_path / "a.safetensors", "progress": interrupt}
     with pytest.raises(KeyboardInterrupt):
-        prolora.fit(
-            lora, None, icons / "far", pictures=folder, out=out, progress=interrupt, **BESIDE
-        )
+        prolora.fit(*ends, **asked | BESIDE)
     assert not list(tmp_path.iterdir())
 
 

@@ -6,14 +6,13 @@ import copy
 
 import pytest
 import torch
-from fitting import FlowSide, draw_probes, fit_models
+from fitting import FlowSide, draw_probes, fit_models, predict
 from torch import Tensor, nn
 
 from prolora import LowRank, ProLoRAError
 from prolora import fitting as probe
 from prolora.errors import UnrelatedBases
 from prolora.fitting.pipelines.schedules import NoiseSchedule, Times
-from prolora.fitting.updates import with_lora
 
 WIDTH, BLOCKS = 12, 3
 
@@ -51,10 +50,8 @@ def permuted(model: Denoiser) -> Denoiser:
     """The same function with the channels of the residual stream in another order."""
     twin = copy.deepcopy(model)
     order = torch.randperm(WIDTH, generator=torch.Generator().manual_seed(5))
-    twin.enter.weight.data, twin.enter.bias.data = (
-        model.enter.weight.data[order],
-        model.enter.bias.data[order],
-    )
+    twin.enter.weight.data = model.enter.weight.data[order]
+    twin.enter.bias.data = model.enter.bias.data[order]
     twin.leave.weight.data = model.leave.weight.data[:, order]
     for new, old in zip(twin.blocks, model.blocks, strict=True):
         new.up.weight.data = old.up.weight.data[:, order]
@@ -93,15 +90,20 @@ def test_a_base_in_permuted_coordinates_gets_the_change_that_the_lora_makes(sour
     x, t = torch.randn(64, 5, 4, generator=torch.Generator().manual_seed(9)), torch.full((64,), 0.6)
 
     def change(model: nn.Module, updates: dict[str, LowRank]) -> Tensor:
-        with torch.no_grad():
-            plain = model(x, t)
-            with with_lora(model, updates):
-                return model(x, t) - plain
+        return predict(model, x, t, updates=updates) - predict(model, x, t)
 
     wanted = change(source, lora)
     probed, copied = change(target, result.scaled), change(target, lora)
     assert (probed - wanted).square().sum() < 0.15 * wanted.square().sum()
     assert (copied - wanted).square().sum() > 0.5 * wanted.square().sum()
+
+
+def assert_equal(one: probe.Fitted, two: probe.Fitted) -> None:
+    """Bit for bit."""
+    assert one.updates.keys() == two.updates.keys()
+    for name, update in one.updates.items():
+        assert torch.equal(update.up, two.updates[name].up)
+        assert torch.equal(update.down, two.updates[name].down)
 
 
 class InMilliseconds(Denoiser):
@@ -139,9 +141,7 @@ def test_the_same_seed_gives_the_same_bits_and_leaves_the_models_as_they_were(so
     before = copy.deepcopy(source.state_dict()), copy.deepcopy(target.state_dict())
     few = {"images": 2, "fit_steps": 3, "force": True}
     one, two = (fit_models(source, target, lora, **few) for _ in range(2))
-    for name, update in one.scaled.items():
-        assert torch.equal(update.up, two.scaled[name].up)
-        assert torch.equal(update.down, two.scaled[name].down)
+    assert_equal(one, two)
     for model, weights in zip((source, target), before, strict=True):
         assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
         assert all(p.requires_grad for p in model.parameters())
@@ -185,12 +185,9 @@ def test_the_target_goes_its_share_of_the_way_to_the_look_that_was_asked_for(sou
         block.up.weight.data += 0.1 * torch.randn(2 * WIDTH, WIDTH, generator=generator)
     gate = (result := fit_models(source, target, lora, look=look)).report.gate
     x, t = torch.randn(64, 5, 4, generator=generator), torch.full((64,), 0.6)
-    with torch.no_grad():
-        plain, other = target(x, t), source(x, t)
-        with with_lora(source, lora):
-            wanted = source(x, t)
-        with with_lora(target, result.scaled):
-            reached = target(x, t)
+    plain, other = predict(target, x, t), predict(source, x, t)
+    wanted = predict(source, x, t, updates=lora)
+    reached = predict(target, x, t, updates=result.scaled)
     share = {"target": 0.0, "source": 1.0}.get(look, look)
     missed = (reached - wanted - (1 - share) * (plain - other)).square().sum()
     way = (wanted - other + share * (other - plain)).square().sum()
@@ -206,9 +203,8 @@ def test_batches_mix_origins_and_levels_and_about_a_tenth_has_no_prompt(source, 
     numbers = [number for one in probes for number in one.numbers]
     prompts = [prompt for one in probes for prompt in one.prompts]
     counts = [numbers.count(number) for number in set(numbers)]
-    assert (
-        len(counts) == 12 and max(counts) - min(counts) <= 9
-    )  # every image is asked about as often
+    # Every image is asked about as often.
+    assert len(counts) == 12 and max(counts) - min(counts) <= 9
     assert 0.04 < prompts.count(probe.NO_PROMPT) / 360 < 0.18
     levels = torch.cat([one.level for one in probes])
     assert levels.min() < 0.3 < 0.9 < levels.max() and len(levels.unique()) == 360

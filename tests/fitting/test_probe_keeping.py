@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from fitting import FlowSide, fit_models
 from safetensors import safe_open
 from safetensors.torch import save_file
-from test_probe import lora, permuted, source
+from test_probe import assert_equal, lora, permuted, source
 
 from prolora import ProLoRAError
-from prolora import fitting as probe
 from prolora.fitting.kept_parts import KeptParts
 
 __all__ = ["lora", "source"]  # fixtures
@@ -20,13 +18,6 @@ QUICK = {"fit_steps": 3, "rank": 3, "force": True}
 
 class Interrupted(Exception):
     pass
-
-
-def assert_equal(one: probe.Fitted, two: probe.Fitted) -> None:
-    assert one.updates.keys() == two.updates.keys()
-    for name, update in one.updates.items():
-        assert torch.equal(update.up, two.updates[name].up)
-        assert torch.equal(update.down, two.updates[name].down)
 
 
 def test_a_fit_that_is_interrupted_samples_nothing_again(source, lora, tmp_path, monkeypatch):

@@ -8,21 +8,15 @@ import pytest
 import tiny_pipelines as tiny
 import torch
 from diagonal import keep_some
-from fitting import fit_models
+from fitting import fit_models, predict
 from small_diffusers import make_model
 from test_probe import lora, permuted, source
 from torch import nn
 
 from prolora.fitting.models import in_float32, in_precision
-from prolora.fitting.sides import Call, output_of
-from prolora.fitting.updates import with_lora
+from prolora.fitting.sides import Call
 
 __all__ = ["lora", "source"]  # fixtures
-
-
-@torch.no_grad()
-def predict_call(model: nn.Module, call: Call) -> torch.Tensor:
-    return output_of(model(*call.args, **call.kwargs))
 
 
 def test_half_stored_models_are_probed_as_their_float32_copies(source, lora):
@@ -48,14 +42,10 @@ def test_a_unet_in_half_precision_computes_in_float32():
     call = Call((x.bfloat16(), time), {"encoder_hidden_states": text.bfloat16()})
     same = Call((x.bfloat16().float(), time), {"encoder_hidden_states": text.bfloat16().float()})
     update = tiny.updates(wide, ("attn1.to_v",), size=0.1)
-    with in_float32(half), with_lora(half, update), with_lora(wide, update):
-        assert torch.equal(predict_call(half, call), predict_call(wide, same))
+    with in_float32(half):
+        found, wanted = predict(half, call, updates=update), predict(wide, same, updates=update)
+        assert torch.equal(found, wanted)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
-
-
-def in_16_bits(model: nn.Module, call: Call) -> torch.Tensor:
-    with in_precision(model, "bfloat16"):
-        return predict_call(model, call)
 
 
 @pytest.mark.parametrize("kind", keep_some(["unet", "flux", "qwen"], "unet", "qwen"))
@@ -63,20 +53,20 @@ def test_a_model_of_diffusers_in_bfloat16_predicts_what_torchs_autocast_makes_of
     model, call = make_model(kind)
     update = tiny.updates(model, ("attn.to_v", "attn1.to_v"), size=0.1)
     assert update
-    with with_lora(model, update):
-        wide = predict_call(model, call)
-        narrow = in_16_bits(model, call)
-        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
-            oracle = predict_call(model, call)
+    wide = predict(model, call, updates=update)
+    with in_precision(model, "bfloat16"):
+        narrow = predict(model, call, updates=update)
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        oracle = predict(model, call, updates=update)
     assert narrow.dtype == torch.float32 and torch.equal(narrow, oracle.float())
     error = float((narrow - wide).norm() / wide.norm())
     assert 1e-4 < error < 5e-2
     # Stored in 16 bits, its products see the same numbers, and nothing else is rounded.
     model.bfloat16()
-    with with_lora(model, update):
-        stored = in_16_bits(model, call)
-        with in_float32(model):
-            exact = predict_call(model, call)
+    with in_precision(model, "bfloat16"):
+        stored = predict(model, call, updates=update)
+    with in_float32(model):
+        exact = predict(model, call, updates=update)
     assert stored.dtype == torch.float32
     assert float((stored - exact).norm() / exact.norm()) < 5e-2
 

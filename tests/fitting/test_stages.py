@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import json
-import shutil
-from pathlib import Path
 
-import crossing_pipelines as make
 import pytest
-import tiny_pipelines as tiny
 import torch
-from diffusers import FluxTransformer2DModel
-from safetensors.torch import save_file
 from torch import nn
-from typer.testing import CliRunner
 
 import prolora
 from prolora import FitOptions
-from prolora.cli.app import app
 from prolora.errors import ProLoRAError, TooLittleMemory
 from prolora.fitting.pipelines import memory_bounds, pipeline_opening, prompt_memory
 from prolora.fitting.pipelines.memory_bounds import check_memory, estimate_bytes
@@ -29,18 +20,13 @@ from prolora.fitting.solver import joint
 FEW = FitOptions(("cat", "dog"), images=1, steps=2, fit_steps=2, force=True)
 
 
-@pytest.fixture(scope="module")
-def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make.save_ends(tmp_path_factory.mktemp("stages"))
-
-
 def count_numbers(*models: nn.Module) -> int:
     return sum(p.numel() for model in models for p in (*model.parameters(), *model.buffers()))
 
 
 @pytest.mark.parametrize("name", ["source", pytest.param("other", marks=pytest.mark.slow)])
-def test_text_encoders_run_once_a_prompt_and_give_their_memory_back(room, name):
-    plain, kept = (open_pipeline(room / name) for _ in range(2))
+def test_text_encoders_run_once_a_prompt_and_give_their_memory_back(pipelines, name):
+    plain, kept = (open_pipeline(pipelines / name) for _ in range(2))
     encoders = kept.memory.encoders
     runs = []
     for encoder in encoders.values():
@@ -57,8 +43,8 @@ def test_text_encoders_run_once_a_prompt_and_give_their_memory_back(room, name):
         kept.sample_latents("a bird", FEW, 3)
 
 
-def test_text_encoders_stay_where_an_answer_cannot_be_remembered(room):
-    memory = open_pipeline(room / "source").memory
+def test_text_encoders_stay_where_an_answer_cannot_be_remembered(pipelines):
+    memory = open_pipeline(pipelines / "source").memory
     memory(None, torch.device("cpu"), 1, False, prompt_embeds=torch.ones(1, 8, 8))
     memory.release()
     assert not memory.is_freed and count_numbers(*memory.encoders.values())
@@ -66,7 +52,7 @@ def test_text_encoders_stay_where_an_answer_cannot_be_remembered(room):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["target", "other"])
-def test_the_target_alone_has_weights_while_it_is_fitted(room, target, monkeypatch):
+def test_the_target_alone_has_weights_while_it_is_fitted(pipelines, target, monkeypatch):
     opened, seen = [], []
     load, work = open_pipeline, joint.fit_in_factors
 
@@ -83,20 +69,24 @@ def test_the_target_alone_has_weights_while_it_is_fitted(room, target, monkeypat
 
     monkeypatch.setattr(pipeline_opening, "open_pipeline", remember)
     monkeypatch.setattr(joint, "fit_in_factors", fit_in_factors)
-    done = prolora.fit(room / "lora.safetensors", room / "source", room / target, FEW)
+    done = prolora.fit(
+        pipelines / "lora.safetensors", pipelines / "source", pipelines / target, FEW
+    )
     assert seen[0][0] == 0 and seen[0][1] > 1000
     # As without.
     monkeypatch.setattr(Pipeline, "free", lambda *_, **__: None)
     monkeypatch.setattr(prompt_memory.PromptMemory, "release", lambda *_: None)
-    same = prolora.fit(room / "lora.safetensors", room / "source", room / target, FEW)
+    same = prolora.fit(
+        pipelines / "lora.safetensors", pipelines / "source", pipelines / target, FEW
+    )
     assert seen[1][0] > 1000
     assert done.report.probe.gate == same.report.probe.gate
     for name, update in done.adapter.updates.items():
         assert torch.equal(update.up, same.adapter.updates[name].up)
 
 
-def test_a_vae_takes_large_images_tile_by_tile_and_its_own_size_as_before(room):
-    pipeline = open_pipeline(room / "source")
+def test_a_vae_takes_large_images_tile_by_tile_and_its_own_size_as_before(pipelines):
+    pipeline = open_pipeline(pipelines / "source")
     vae = pipeline.pipe.vae
     assert vae.use_tiling and vae.use_slicing
     side = vae.config.sample_size // pipeline.pipe.vae_scale_factor
@@ -106,102 +96,55 @@ def test_a_vae_takes_large_images_tile_by_tile_and_its_own_size_as_before(room):
     assert torch.equal(tiled, vae.decode(latent).sample)
 
 
-def test_a_bound_below_what_the_models_need_is_refused_before_they_are_loaded(room, monkeypatch):
-    monkeypatch.setattr(pipeline_opening, "open_pipeline", lambda *_: pytest.fail("it was loaded"))
+def test_a_bound_below_what_the_models_need_is_refused_before_they_are_loaded(ends, unopened):
     with pytest.raises(TooLittleMemory, match=r"two pipelines alone need \d+"):
-        prolora.fit(
-            room / "lora.safetensors", room / "source", room / "target", FEW, max_memory="1MB"
-        )
+        prolora.fit(*ends, FEW, max_memory="1MB")
 
 
 @pytest.mark.slow
-def test_a_bound_that_answers_pass_is_refused_with_what_all_of_them_need(room, monkeypatch):
+def test_a_bound_that_answers_pass_is_refused_with_what_all_of_them_need(ends, monkeypatch):
     taken = itertools.chain([0], itertools.count(10**9, 2 * 10**8))
     monkeypatch.setattr(memory_bounds, "resident_bytes", lambda: next(taken))
-    ends = room / "lora.safetensors", room / "source", room / "target"
     words = r"with 50% of a stage done this run takes 1\.5 GiB, and will need about 2\.0 GiB"
     with pytest.raises(TooLittleMemory, match=words):
         prolora.fit(*ends, FEW, max_memory=15 * 10**8)
 
 
 def test_a_cache_folder_that_cannot_be_made_is_named_before_a_model_is_loaded(
-    room, tmp_path, monkeypatch
+    ends, tmp_path, unopened
 ):
     """Without it the LoRA moved by weights would be missing: another fit, and nobody told."""
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(pipeline_opening, "open_pipeline", lambda *_: pytest.fail("it was loaded"))
     with pytest.raises(prolora.errors.OutputError, match="the cache folder cannot be made"):
-        prolora.fit(
-            room / "lora.safetensors",
-            room / "source",
-            room / "target",
-            FEW,
-            cache=tmp_path / "file" / "cache",
-        )
+        prolora.fit(*ends, FEW, cache=tmp_path / "file" / "cache")
 
 
-def test_what_the_models_need_is_counted_from_their_files(room):
-    pipeline = open_pipeline(room / "other")
+def test_what_the_models_need_is_counted_from_their_files(pipelines):
+    pipeline = open_pipeline(pipelines / "other")
     models = {n: p for n, p in pipeline.pipe.components.items() if isinstance(p, nn.Module)}
     encoders = [model for name, model in models.items() if name.startswith("text_encoder")]
     others = [model for name, model in models.items() if not name.startswith("text_encoder")]
     sizes = [
         4 * sum(p.numel() for m in part for p in m.parameters()) for part in (encoders, others)
     ]
-    counted = estimate_bytes(room / "other")
+    counted = estimate_bytes(pipelines / "other")
     for size, estimate in zip(sizes, counted, strict=True):
         assert size <= estimate <= 1.01 * size + 4096  # stored buffers
 
 
-def test_the_source_in_full_and_the_targets_encoders_are_never_there_together(room, monkeypatch):
+def test_the_source_in_full_and_the_targets_encoders_are_never_there_together(
+    pipelines, monkeypatch
+):
     """The least that is needed counts the text encoders of one pipeline at a time."""
-    (ours, others), (theirs, rest) = (estimate_bytes(room / name) for name in ("source", "other"))
+    (ours, others), (theirs, rest) = (
+        estimate_bytes(pipelines / name) for name in ("source", "other")
+    )
     monkeypatch.setattr(memory_bounds, "resident_bytes", lambda: 0)
     least = max(ours + others, others + theirs + rest)
-    ends = room / "source", room / "other"
+    ends = pipelines / "source", pipelines / "other"
     check_memory(least, ends, None)
     with pytest.raises(TooLittleMemory):
         check_memory(least - 1, ends, None)
     assert least < ours + others + theirs + rest
     # Weights go on to a card, one pipeline after the other.
     check_memory(max(ours + others, theirs + rest), ends, "cuda:0")
-
-
-@pytest.mark.slow
-def test_a_pruned_transformer_starts_from_its_copy_by_the_command_line(tmp_path):
-    """Blocks are recognised by their weights, although they are numbered otherwise."""
-    make.save_flux(tmp_path / "source")
-    config = dict(open_pipeline(tmp_path / "source").denoiser.config)
-    torch.manual_seed(3)
-    transformer = FluxTransformer2DModel.from_config(config | {"num_layers": 4})
-    transformer.save_pretrained(tmp_path / "source" / "transformer")
-    shutil.copytree(tmp_path / "source", tmp_path / "pruned")
-    found = tiny.updates(transformer, ("attn.to_q", "attn.to_v"))
-    lora = tmp_path / "lora.safetensors"
-    keys = {"lora_A": "down", "lora_B": "up"}
-    save_file(
-        {
-            f"transformer.{name}.{key}.weight": getattr(update, side).contiguous()
-            for name, update in found.items()
-            for key, side in keys.items()
-        },
-        lora,
-    )
-    del transformer.transformer_blocks[1]
-    transformer.register_to_config(num_layers=3)
-    transformer.save_pretrained(tmp_path / "pruned" / "transformer")
-    line = ["fit", lora, "--source", tmp_path / "source", "--target", tmp_path / "pruned"]
-    line += ["-o", tmp_path / "out.safetensors", "--prompt", "cat", "--images", "1", "--steps", "2"]
-    line += ["--size", "16", "--fit-steps", "2", "--json", "--force"]
-    result = CliRunner().invoke(app, [str(word) for word in line])
-    assert result.exit_code == 0, (result.output, result.exception)
-    probe = json.loads(result.stdout)["probe"]
-    assert probe["start"] == "copy"
-    # Two of the three blocks that are left have another number than on the source.
-    assert probe["gate"]["copy_share"]["all"] > 0.3
-    named = prolora.fit(
-        *(lora, tmp_path / "source", tmp_path / "pruned"),
-        FitOptions(("cat",), images=1, steps=2, size=16, fit_steps=2, force=True),
-        match="name",
-    )
-    assert named.report.probe.gate.copy_share is None  # names alone pair no block

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from functools import partial
 
 import pytest
 import torch
 from diagonal import keep_some
+from fitting import predict, solve, teach
 from small_diffusers import MAKERS, make_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,22 +17,17 @@ from torch.utils._pytree import tree_leaves
 from prolora import LowRank
 from prolora.fitting import swapping, updates
 from prolora.fitting.models import in_precision
-from prolora.fitting.sides import Call, output_of
+from prolora.fitting.sides import output_of
 from prolora.fitting.solver.joint_fit import (
     JointProblem,
     fit_in_factors,
     fit_jointly,
     start_factors,
 )
-from prolora.fitting.solver.linearisation import ProbeBatch, recompute_blocks
+from prolora.fitting.solver.linearisation import recompute_blocks
 from prolora.fitting.swapping import BlockSwapping, name_blocks
 
 CARD = torch.device("cpu")
-
-
-@torch.no_grad()
-def predict_call(model: nn.Module, call: Call) -> Tensor:
-    return output_of(model(*call.args, **call.kwargs))
 
 
 class Card:
@@ -79,15 +74,14 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Card:
 
 def fitted(model: nn.Module, call, bits: str, fit_factors, swapped: BlockSwapping | None = None):
     names = [n for n, _ in model.named_modules() if n.endswith(("to_v", "to_q", "ff.net.2"))]
+
+    def change(plain: Tensor) -> Tensor:
+        return 0.1 * torch.randn(plain.shape, generator=torch.Generator().manual_seed(0))
+
     with in_precision(model, bits):
-        plain = predict_call(model, call)
-        noise = torch.randn(plain.shape, generator=torch.Generator().manual_seed(0))
-        probes = [ProbeBatch(call, plain, plain + 0.1 * noise)]
-        problem = JointProblem(model, names, output_of, partial(list, probes), 3, 1.0, 2)
-        if swapped is None:
-            return plain, fit_factors(problem)
-        with OnlyBrought(swapped):
-            return plain, fit_factors(problem)
+        probes = teach(model, call, change)
+        with OnlyBrought(swapped) if swapped else contextlib.nullcontext():
+            return probes[0].plain, solve(model, names, probes, 3, by=fit_factors)
 
 
 WAYS = [
@@ -128,7 +122,7 @@ def test_a_fit_with_swapped_blocks_is_the_fit_without_bit_for_bit(card, kind, wa
 @pytest.mark.parametrize("kind", MAKERS)
 def test_as_many_blocks_stay_as_fit_beside_the_largest_that_visits(card, kind):
     model, call = make_model(kind)
-    plain = predict_call(model, call)
+    plain = predict(model, call)
     swapped = BlockSwapping(model, CARD)
     sizes = swapped.sizes
     assert sum(sizes.values()) < sum(x.nbytes for x in model.parameters())
@@ -141,7 +135,7 @@ def test_as_many_blocks_stay_as_fit_beside_the_largest_that_visits(card, kind):
         assert bool(swapped.away) == (room < sum(sizes.values()))
         card.most = 0
         with OnlyBrought(swapped):
-            assert torch.equal(predict_call(model, call), plain)
+            assert torch.equal(predict(model, call), plain)
         assert card.most <= visiting and (swapped.ahead or card.most == visiting)
 
 
@@ -169,7 +163,7 @@ def test_the_next_block_is_copied_while_one_runs_and_none_twice(kind):
     swapped = BlockSwapping(model, CARD)
     swapped.keep(2 * max(swapped.sizes.values()))
     copied = swapped._copies = Copied(swapped)
-    predict_call(model, call)  # shows the order, which is not the one of registration in a UNet
+    predict(model, call)  # shows the order, which is not the one of registration in a UNet
     away = [name for what, name in copied.log if what == "there"]
     assert swapped.ahead and len(away) > 2 and sorted(away) == sorted(swapped.away)
     copied.log.clear()
@@ -210,7 +204,7 @@ def test_a_pass_that_fails_inside_a_block_leaves_the_weights_at_rest(card):
 
     model.transformer_blocks[1].ff.register_forward_hook(fail)
     with pytest.raises(KeyError):
-        predict_call(model, call)
+        predict(model, call)
     assert all(parameter is kept[name] for name, parameter in model.named_parameters())
     assert not card.held
 

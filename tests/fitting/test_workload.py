@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
-import tiny_pipelines as tiny
-from typer.testing import CliRunner
 
 import prolora
-from prolora.cli.app import app
 from prolora.fitting import workload
-from prolora.fitting.pipelines import pipeline_opening
 from prolora.fitting.settings import FitSettings
 from prolora.fitting.workload import STAGES, Meter, Workload
 
@@ -66,27 +61,10 @@ def test_what_is_foreseen_grows_with_what_is_asked_for():
     assert student == (9600 // 2, 48 * 4)
 
 
-@pytest.fixture(scope="module")
-def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("work")
-    tiny.save_ends(folder, ("sd15", "tuned"))
-    return folder
-
-
-def test_a_dry_run_says_what_would_be_asked_without_loading_a_model(room, monkeypatch):
-    monkeypatch.setattr(pipeline_opening, "open_pipeline", lambda *_: pytest.fail("it was loaded"))
-    line = ["fit", room / "lora.safetensors", "--source", room / "sd15", "--target"]
-    result = CliRunner().invoke(app, [*map(str, line), str(room / "tuned"), "--dry-run"])
-    told = " ".join(result.output.split())
-    assert "144 images are sampled, 96 of them by sd15" in told
-    assert "at most about 7,488 predictions of sd15" in told
-    fewer = prolora.fit(
-        room / "lora.safetensors",
-        room / "sd15",
-        room / "tuned",
-        images=2,
-        guidance=1.0,
-        dry_run=True,
-    ).report
-    assert "12 images are sampled, 8 of them by sd15" in fewer.work
+def test_a_dry_run_says_what_would_be_asked_without_loading_a_model(ends, unopened):
+    told = prolora.fit(*ends, dry_run=True).report.work
+    assert "144 images are sampled, 96 of them by source" in told
+    assert "at most about 7,488 predictions of source" in told
+    fewer = prolora.fit(*ends, images=2, guidance=1.0, dry_run=True).report
+    assert "12 images are sampled, 8 of them by source" in fewer.work
     assert fewer.to_dict()["work"] == fewer.work

@@ -63,68 +63,62 @@ def tokenizer(length: int = 16, **more: Any) -> PreTrainedTokenizerFast:
     )
 
 
-def save_sdxl(folder: Path, seed: int = 1) -> Path:
-    """A VAE of its own, with statistics by channel, and images of twice the side."""
-    torch.manual_seed(seed)
-    vae = AutoencoderKL(
-        **tiny.VAE,
-        scaling_factor=0.13025,
-        latents_mean=[0.1, -0.2, 0.3, 0.0],
-        latents_std=[1.1, 0.9, 1.3, 0.7],
-    )
+def t5(length: int = 16) -> tuple[T5EncoderModel, PreTrainedTokenizerFast]:
+    """An encoder of width 16, and its tokenizer."""
+    config = T5Config(vocab_size=8, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    return T5EncoderModel(config), tokenizer(length)
+
+
+def sdxl(words: Path, vae: AutoencoderKL | None = None, size: int = 8) -> StableDiffusionXLPipeline:
+    """Two text encoders of unlike widths; by itself with the latents of Stable Diffusion."""
     unet = UNet2DConditionModel(
-        **{**tiny.UNET, "sample_size": 16},
-        cross_attention_dim=16,
+        **{**tiny.UNET, "sample_size": size},
+        cross_attention_dim=20,
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=56,
+        projection_class_embeddings_input_dim=60,
     )
-    StableDiffusionXLPipeline(
-        vae=vae,
+    return StableDiffusionXLPipeline(
+        vae=vae or tiny.vae(),
         unet=unet,
         scheduler=EulerDiscreteScheduler(**tiny.ALPHAS),
         text_encoder=tiny.text_encoder(8),
-        tokenizer=tiny.tokenizer(folder / "vocabulary"),
-        text_encoder_2=tiny.text_encoder(8, CLIPTextModelWithProjection),
-        tokenizer_2=tiny.tokenizer(folder / "vocabulary"),
-    ).save_pretrained(folder)
+        tokenizer=tiny.tokenizer(words),
+        text_encoder_2=tiny.text_encoder(12, CLIPTextModelWithProjection),
+        tokenizer_2=tiny.tokenizer(words),
+    )
+
+
+def save_sdxl(folder: Path, seed: int = 1) -> Path:
+    """A VAE of its own, with statistics by channel, and images of twice the side."""
+    torch.manual_seed(seed)
+    own = {"latents_mean": [0.1, -0.2, 0.3, 0.0], "latents_std": [1.1, 0.9, 1.3, 0.7]}
+    vae = AutoencoderKL(**tiny.VAE, **own, scaling_factor=0.13025)
+    sdxl(folder / "vocabulary", vae, 16).save_pretrained(folder)
     return folder
 
 
+def flux(words: Path, vae: AutoencoderKL | None = None, channels: int = 4) -> FluxPipeline:
+    """Packed tokens, and the guidance embedded."""
+    size = {"in_channels": 4 * channels, "num_layers": 1, "num_single_layers": 1}
+    transformer = FluxTransformer2DModel(**tiny.FLUX, **size)
+    clip = tiny.text_encoder(8), tiny.tokenizer(words)
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    return FluxPipeline(scheduler, vae or tiny.vae(), *clip, *t5(), transformer)
+
+
 def save_flux(folder: Path, seed: int = 2) -> Path:
-    """Eight channels, a shift, packed tokens, and the guidance embedded."""
+    """A VAE of eight channels and a shift."""
     torch.manual_seed(seed)
-    vae = AutoencoderKL(
-        **{**tiny.VAE, "latent_channels": 8}, scaling_factor=0.3611, shift_factor=0.1159
-    )
-    transformer = FluxTransformer2DModel(
-        **tiny.FLUX, in_channels=32, num_layers=1, num_single_layers=1
-    )
-    config = T5Config(vocab_size=8, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
-    FluxPipeline(
-        FlowMatchEulerDiscreteScheduler(),
-        vae,
-        tiny.text_encoder(8),
-        tiny.tokenizer(folder / "vocabulary"),
-        T5EncoderModel(config),
-        tokenizer(),
-        transformer,
-    ).save_pretrained(folder)
+    own = {"latent_channels": 8, "scaling_factor": 0.3611, "shift_factor": 0.1159}
+    vae = AutoencoderKL(**tiny.VAE | own)
+    flux(folder / "vocabulary", vae, 8).save_pretrained(folder)
     return folder
 
 
 def flux2_vae() -> AutoencoderKLFlux2:
     """Its patches have a batch norm with statistics."""
-    blocks = ("DownEncoderBlock2D",) * 2, ("UpDecoderBlock2D",) * 2
-    vae = AutoencoderKLFlux2(
-        down_block_types=blocks[0],
-        up_block_types=blocks[1],
-        block_out_channels=(4, 8),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=16,
-    )
+    vae = AutoencoderKLFlux2(**tiny.VAE, layers_per_block=1)
     vae.bn.running_mean.copy_(torch.linspace(-0.5, 0.5, 16))
     vae.bn.running_var.copy_(torch.linspace(0.5, 2.0, 16))
     return vae
@@ -201,17 +195,10 @@ def save_pixels(folder: Path, seed: int = 5) -> Path:
         **{**tiny.UNET, "sample_size": 16, "in_channels": 3, "out_channels": 6},
         cross_attention_dim=16,
     )
-    config = T5Config(vocab_size=8, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
-    IFPipeline(
-        tokenizer(77),
-        T5EncoderModel(config),
-        unet,
-        DDPMScheduler(variance_type="learned_range"),
-        None,
-        None,
-        None,
-        requires_safety_checker=False,
-    ).save_pretrained(folder)
+    encoder, words = t5(77)
+    scheduler = DDPMScheduler(variance_type="learned_range")
+    pipe = IFPipeline(words, encoder, unet, scheduler, *[None] * 3, requires_safety_checker=False)
+    pipe.save_pretrained(folder)
     return folder
 
 

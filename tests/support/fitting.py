@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,10 @@ from prolora.fitting.pipelines.pipeline_side import PipelineSide, ask_pipelines
 from prolora.fitting.pipelines.schedules import NoiseSchedule, Times
 from prolora.fitting.pipelines.watching import watch_sampling
 from prolora.fitting.probes import ORIGINS, Probe
+from prolora.fitting.sides import output_of
+from prolora.fitting.solver.joint_fit import JointFit, JointProblem, fit_jointly
+from prolora.fitting.solver.linearisation import ProbeBatch
+from prolora.fitting.updates import with_lora
 from prolora.fitting.workload import Meter, Workload
 
 STEPS = 3
@@ -67,6 +71,40 @@ def fit_models(
     settings = probe.FitSettings(**{"images": 12, "steps": STEPS, "rank": 8} | options)
     asking = probe.Asking(*sides, lora, look=settings.look_of_source, **asked)
     return probe.fit_sides(asking, settings, baseline, parts=parts)
+
+
+def predict(
+    model: nn.Module, *inputs: Tensor | probe.Call, updates: dict[str, LowRank] | None = None
+) -> Tensor:
+    """What a model predicts of its inputs, or of a call, with updates beside its weights."""
+    call = inputs[0] if isinstance(inputs[0], probe.Call) else probe.Call(inputs, {})
+    with torch.no_grad(), with_lora(model, updates or {}):
+        return output_of(model(*call.args, **call.kwargs))
+
+
+def teach(
+    model: nn.Module, x: Tensor | probe.Call, change: Tensor | Callable[[Tensor], Tensor]
+) -> list[ProbeBatch]:
+    """One batch, of which a model should predict a change more; perhaps one of its prediction."""
+    plain = predict(model, x)
+    change = change if isinstance(change, Tensor) else change(plain)
+    call = x if isinstance(x, probe.Call) else probe.Call((x,), {})
+    return [ProbeBatch(call, plain, plain + change)]
+
+
+def solve(
+    model: nn.Module,
+    names: Sequence[str],
+    probes: list[ProbeBatch] | Callable[[], list[ProbeBatch]],
+    steps: int,
+    damping: float = 1.0,
+    rank: int = 2,
+    start: dict[str, LowRank] | None = None,
+    by: Callable[..., JointFit] = fit_jointly,
+) -> JointFit:
+    """Fits modules to the same probes in every step, or to those that a function draws."""
+    draw = probes if callable(probes) else lambda: probes
+    return by(JointProblem(model, names, output_of, draw, steps, damping, rank), start)
 
 
 def ask_linear(**changes: Any) -> tuple[probe.Asking, LowRank]:
