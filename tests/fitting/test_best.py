@@ -11,7 +11,7 @@ import pytest
 import tiny_pipelines as tiny
 import torch
 from diffusers import UNet2DConditionModel
-from safetensors.torch import load_file
+from lora_files import same_bits
 
 import prolora
 from prolora.errors import InvalidOption, UnrelatedBases
@@ -66,8 +66,7 @@ def ends(room: Path, target: str, lora: str = "lora") -> tuple[Path, Path, Path]
 def test_where_all_of_a_lora_has_a_place_the_result_is_that_by_weights(room):
     usual = prolora.transfer(*ends(room, "tuned"))
     done = prolora.transfer(*ends(room, "tuned"), method="best")
-    ours, theirs = done.state_dict(), usual.state_dict()
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
+    assert same_bits(done.state_dict(), usual.state_dict())
     assert "No fit was made: all of the LoRA has a place on tuned" in str(done.report)
 
 
@@ -127,8 +126,7 @@ def test_where_weights_say_too_little_the_result_is_the_one_of_a_fit(room, tmp_p
     bases = map(prolora.open_base, ends(room, target)[1:])
     way = WeightsElseFit.of(*bases, prolora.TransferOptions(method="best", format="auto"))
     prolora.fit(*ends(room, target), way.by_fit, out=alone)
-    ours, theirs = load_file(best), load_file(alone)
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
+    assert same_bits(best, alone)
 
 
 def test_a_lora_of_blocks_that_are_there_is_not_fitted_to_a_target_without_others(room):
@@ -143,7 +141,7 @@ def test_a_fit_that_is_refused_leaves_what_weights_give(room, monkeypatch):
     monkeypatch.setattr(best_way, "fit_lora", refuse)
     usual = prolora.transfer(*ends(room, "pruned")).state_dict()
     done = prolora.transfer(*ends(room, "pruned"), method="best")
-    assert all(torch.equal(x, usual[n]) for n, x in done.state_dict().items())
+    assert same_bits(done.state_dict(), usual)
     assert "A fit was tried because" in str(done.report) and "no good" in done.report.why
     with pytest.raises(UnrelatedBases, match="no good"):
         prolora.transfer(*ends(room, "apart"), method="best")

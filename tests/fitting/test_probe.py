@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from fitting import FlowSide, draw_probes, fit_models, predict
+from lora_files import same_bits
 from torch import Tensor, nn
 
 from prolora import LowRank, ProLoRAError
@@ -98,14 +99,6 @@ def test_a_base_in_permuted_coordinates_gets_the_change_that_the_lora_makes(sour
     assert (copied - wanted).square().sum() > 0.5 * wanted.square().sum()
 
 
-def assert_equal(one: probe.Fitted, two: probe.Fitted) -> None:
-    """Bit for bit."""
-    assert one.updates.keys() == two.updates.keys()
-    for name, update in one.updates.items():
-        assert torch.equal(update.up, two.updates[name].up)
-        assert torch.equal(update.down, two.updates[name].down)
-
-
 class InMilliseconds(Denoiser):
     """The same denoiser, which takes its times in thousandths and predicts the other way."""
 
@@ -141,7 +134,7 @@ def test_the_same_seed_gives_the_same_bits_and_leaves_the_models_as_they_were(so
     before = copy.deepcopy(source.state_dict()), copy.deepcopy(target.state_dict())
     few = {"images": 2, "fit_steps": 3, "force": True}
     one, two = (fit_models(source, target, lora, **few) for _ in range(2))
-    assert_equal(one, two)
+    assert same_bits(one.updates, two.updates)
     for model, weights in zip((source, target), before, strict=True):
         assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
         assert all(p.requires_grad for p in model.parameters())

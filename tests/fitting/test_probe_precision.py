@@ -9,6 +9,7 @@ import tiny_pipelines as tiny
 import torch
 from diagonal import keep_some
 from fitting import fit_models, predict
+from lora_files import same_bits
 from small_diffusers import make_model
 from test_probe import lora, permuted, source
 from torch import nn
@@ -27,12 +28,10 @@ def test_half_stored_models_are_probed_as_their_float32_copies(source, lora):
     few = {"images": 4, "fit_steps": 3, "force": True}
     halved, wanted = fit_models(*halves, lora, **few), fit_models(*wide, lora, **few)
     assert halved.report.gate == wanted.report.gate
-    for name, update in halved.scaled.items():
-        assert torch.equal(update.dense(), wanted.scaled[name].dense())
+    assert same_bits(halved.scaled, wanted.scaled)
     for model, kept in zip(halves, before, strict=True):
-        for name, weight in model.state_dict().items():
-            assert weight.dtype == torch.float16
-            assert torch.equal(weight, kept[name])
+        assert {weight.dtype for weight in model.state_dict().values()} == {torch.float16}
+        assert same_bits(model.state_dict(), kept)
 
 
 def test_a_unet_in_half_precision_computes_in_float32():

@@ -1,18 +1,12 @@
 """What the caller's progress raises ends the call, and leaves nothing half done."""
 
 import pytest
-from mini import write_case
 
 import prolora
 
 
 class Stopped(Exception):
     """A stop button."""
-
-
-@pytest.fixture
-def case(tmp_path):
-    return write_case(tmp_path)
 
 
 def stop_at(call):

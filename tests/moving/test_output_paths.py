@@ -4,14 +4,8 @@ import shutil
 import unicodedata
 
 import pytest
-from mini import write_case
 
 import prolora
-
-
-@pytest.fixture
-def case(tmp_path):
-    return write_case(tmp_path)
 
 
 def twins(lora, *names):

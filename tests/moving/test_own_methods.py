@@ -7,11 +7,9 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import mini
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
+from lora_files import read_header, same_bits
 
 import prolora
 from prolora.errors import InvalidOption, OutputExists, ShapeMismatch, UnsupportedTensor
@@ -23,19 +21,12 @@ def plain(update, source, target):
     return update
 
 
-@pytest.fixture
-def case(tmp_path):
-    return mini.write_case(tmp_path)
-
-
 def test_a_copy_as_a_function_gives_the_bits_of_copy_and_its_own_name(case, tmp_path):
     outs = [tmp_path / f"{name}.safetensors" for name in ("own", "copy")]
     for out, method in zip(outs, (plain, "copy"), strict=True):
         prolora.transfer(*case, out=out, method=method)
-    own, copied = map(load_file, outs)
-    assert own.keys() == copied.keys() and all(torch.equal(own[k], copied[k]) for k in own)
-    with safe_open(outs[0], "pt") as file:
-        assert file.metadata()["prolora.method"] == "plain"
+    assert same_bits(*outs)
+    assert read_header(outs[0])["prolora.method"] == "plain"
     with pytest.raises(OutputExists):  # what a function does has no digest, so nothing is kept
         prolora.transfer(*case, out=outs[0], method=plain)
 

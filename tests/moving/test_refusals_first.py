@@ -7,18 +7,13 @@ from importlib import import_module
 
 import pytest
 import torch
-from mini import shapes, write_case
+from mini import shapes
 from safetensors.torch import load_file, save_file
 
 import prolora
 from prolora import Lora, errors
 from prolora.bases import identity
 from prolora.bases.leaves import Leaves
-
-
-@pytest.fixture
-def case(tmp_path):
-    return write_case(tmp_path)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import prolora
 from prolora import Adapter, LowRank
@@ -113,6 +113,18 @@ def read_header(path):
 def read_lora(lora):
     """The updates and vectors of a file, folder or state dict, as `convert` reads them."""
     return prolora.convert(lora).adapter
+
+
+def same_bits(one, other):
+    """Whether state dicts, files or updates by module hold the same, to the last bit, and some."""
+    one, other = map(_list_tensors, (one, other))
+    return one.keys() == other.keys() > set() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+def _list_tensors(held):
+    held = load_file(held) if isinstance(held, str | Path) else held
+    parts = {k: {"": x} if isinstance(x, torch.Tensor) else vars(x) for k, x in held.items()}
+    return {(key, part): x for key, some in parts.items() for part, x in some.items()}
 
 
 def kohya_file(path, rank=4, alpha=None, metadata=None):
