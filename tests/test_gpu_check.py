@@ -408,8 +408,7 @@ def test_the_calls_of_a_truncated_svd_belong_to_stages_of_it():
     with counting(stage_of) as tally:
         prolora.truncated_svd(weights, 4)
     stages = {call.stage for call in tally.calls}
-    assert {"scaling and norms", "dense", "eigensolver"} <= stages
-    assert "other" not in stages
+    assert {"scaling and norms", "dense", "eigensolver"} <= stages and "other" not in stages
 
 
 with_results = pytest.mark.skipif(
@@ -423,12 +422,6 @@ def test_the_page_of_the_model_has_its_tables_and_those_of_the_counts():
     page = (ROOT / "bench/gpu_model.md").read_text("utf-8")
     for table in gpu_model.render_model(counts).strip().split("\n\n"):
         assert table in page
-
-
-def test_the_model_gives_the_times_that_it_starts_from():
-    for size, seconds in ((128, 6.0e-3), (512, 14.6e-3)):
-        found = gpu_model.estimate_eigh(64, size, "float32", gpu_model.H100)
-        assert found == pytest.approx(seconds, rel=0.02)
 
 
 @pytest.mark.slow

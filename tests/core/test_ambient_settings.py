@@ -14,7 +14,6 @@ from spectra import related, weights
 import prolora
 from prolora import LowRank, principal_angles, project, similarity, truncated_svd
 from prolora.core import precision
-from prolora.core.parallel import map_on_threads
 from prolora.core.recompression import product_energies
 from prolora.core.similarity import angle_quantiles
 
@@ -112,53 +111,43 @@ def test_an_error_puts_the_settings_back():
 
 def test_the_precision_of_products_is_put_back_by_the_last_of_several_threads():
     inside, leave = threading.Barrier(4), threading.Barrier(4)
-    modes = []
 
-    def work(i):
+    def look(_):
         with precision.full_precision():
             inside.wait(20)
-            modes.append(torch.get_float32_matmul_precision())
+            mode = torch.get_float32_matmul_precision()
             leave.wait(20)
-        return i
+        return mode
 
     with float32_products("high"), ThreadPoolExecutor(4) as pool:
-        assert list(pool.map(work, range(4))) == [0, 1, 2, 3]
-        assert modes == ["highest"] * 4
+        assert list(pool.map(look, range(4))) == ["highest"] * 4
     with float32_products("high"), precision.full_precision(), precision.full_precision():
         assert torch.get_float32_matmul_precision() == "highest"
 
 
 def read_settings():
     """Every setting by its name, as torch gives it or refuses to."""
-    cudnn, mkldnn = torch.backends.cudnn, torch.backends.mkldnn
-    values = {"matmul": torch.get_float32_matmul_precision(), "cudnn": cudnn.allow_tf32}
-    for library, name in (
-        (torch.backends.cuda, "matmul"),
-        (cudnn, "conv"),
-        (cudnn, "rnn"),
-        (mkldnn, "matmul"),
-        (mkldnn, "conv"),
-        (mkldnn, "rnn"),
-    ):
-        operation = getattr(library, name, None)
-        if hasattr(operation, "fp32_precision"):
-            values[f"{library.__name__}.{name}"] = operation.fp32_precision
+    backends = torch.backends
+    values = {
+        "matmul": torch.get_float32_matmul_precision(),
+        "cudnn": backends.cudnn.allow_tf32,
+    }
+    for library in (backends.cuda, backends.cudnn, backends.mkldnn):
+        for name in ("matmul", "conv", "rnn"):
+            operation = getattr(library, name, None)
+            if hasattr(operation, "fp32_precision"):
+                values[f"{library.__name__}.{name}"] = operation.fp32_precision
     return values
 
 
 @pytest.mark.parametrize("by_default", [True, False])
 def test_convolutions_keep_24_bits_inside_and_are_as_they_were_outside(by_default):
     """torch's default is ten bits; old and new settings agree, or reading them would raise."""
-
-    @precision.in_full_precision
-    def look():
-        return read_settings()
-
     before = torch.backends.cudnn.allow_tf32
     try:
         torch.backends.cudnn.allow_tf32 = by_default
         outside = read_settings()
-        inside = look()
+        inside = precision.in_full_precision(read_settings)()
         assert (inside.pop("matmul"), inside.pop("cudnn")) == ("highest", False)
         assert set(inside.values()) <= {"ieee"}
         assert read_settings() == outside and outside["cudnn"] is by_default
@@ -227,20 +216,5 @@ def test_a_forked_child_computes_the_same(pinned):
         _, status = os.waitpid(child, 0)
         timer.cancel()
         assert os.waitstatus_to_exitcode(status) == 0
-    finally:
-        torch.set_num_threads(before)
-
-
-@pytest.mark.parametrize("threads", [1, 2])
-def test_tensors_on_a_gpu_are_worked_on_in_turn_by_the_calling_thread(threads):
-    """In the caller's stream; the meta device stands for a GPU, which has no threads to share."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        items = [(torch.empty(2, device="meta"), [torch.empty(2)]) for _ in range(4)]
-        callers = map_on_threads(lambda item: threading.get_ident(), items)
-        assert set(callers) == {threading.get_ident()}
-        callers = map_on_threads(lambda item: threading.get_ident(), [torch.empty(2)] * 4)
-        assert (set(callers) == {threading.get_ident()}) == (threads == 1)
     finally:
         torch.set_num_threads(before)

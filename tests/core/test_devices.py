@@ -7,11 +7,23 @@ never by singular vectors.
 import pytest
 import torch
 from backends import missing
-from spectra import related, sine, weights
+from diagonal import keep_some
+from dispatched import Calls
+from spectra import (
+    lapack,
+    planted,
+    power_law,
+    rank_above,
+    related,
+    sine,
+    steps,
+    true_error,
+    weights,
+)
 
 from prolora import principal_angles, project, similarity, truncated_svd
 from prolora.core import basis
-from prolora.core.svd import stacks
+from prolora.core.svd import krylov, stacks
 
 
 def require_card():
@@ -48,8 +60,17 @@ def check_equal_subspaces(found, wanted):
     for i, k in enumerate(wanted.rank.tolist()):
         allowed = float(found.bound[i] + wanted.bound[i]) + 2e-6
         for x, y in ((wanted.U[i], found.U[i]), (wanted.V[i], found.V[i])):
-            assert sine(x[:, :k], y[:, :k]) <= allowed
+            assert sine(x[:, :k], y[:, :k]) <= allowed and not y[:, k:].any()
     assert torch.equal(found.ok, wanted.ok)
+
+
+def mixed(m, n, k):
+    """Healthy, zero and clustered matrices, those of low rank and without a gap, in no order."""
+    d = min(m, n)
+    spectra = [power_law(d, 0.5), torch.zeros(d), steps(d, k), rank_above(d, k)]
+    if d < 768:
+        spectra += [torch.linspace(2, 1, k // 2), power_law(d, 1.0), steps(d, k // 2)]
+    return torch.stack([planted(m, n, x, seed)[0].float() for seed, x in enumerate(spectra)])
 
 
 # The rungs of the ladder, and what leaves them.
@@ -60,20 +81,30 @@ CASES = {
     "gram-f64": (lambda: stack(3, 48, 64), 12),
     "svd-f64": (lambda: stack(2, 64, 48, exponent=5.0), 24),
     "low rank": (lambda: stack(2, 48, 5) @ stack(2, 5, 64), 12),
-    "zero": (lambda: torch.zeros(2, 48, 64), 12),
     "float64": (lambda: stack(2, 48, 64).double(), 12),
-    "no matrix": (lambda: torch.zeros(0, 48, 64), 12),
+    "mixed, krylov": (lambda: mixed(800, 800, 64), 64),
+    "mixed, gram-f32": (lambda: mixed(400, 450, 100), 100),
+    "mixed, few": (lambda: mixed(450, 400, 100), 5),
+    "mixed, energy 0.9": (lambda: mixed(450, 400, 100), 0.9),
+    "mixed, gram-f64": (lambda: mixed(40, 60, 16), 16),
 }
+SLOW = {"krylov", "gram-f32", "energy 0.9", "mixed, gram-f32", "mixed, few"}
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_subspaces_are_those_of_the_cpu(device, case):
+@pytest.mark.parametrize("case", keep_some(CASES, *(CASES.keys() - SLOW)))
+def test_subspaces_are_those_of_the_cpu_each_on_its_own_rung(device, case):
     make, rank = CASES[case]
     weight = make()
     found = truncated_svd(weight.to(device), rank)
     assert found.U.device.type == device
-    if len(weight):
-        check_equal_subspaces(found, plain(truncated_svd, weight, rank))
+    wanted = plain(truncated_svd, weight, rank)
+    check_equal_subspaces(found, wanted)
+    if not case.startswith("mixed"):
+        return
+    assert device != "cpu" or found.rungs == wanted.rungs
+    for i, one in enumerate(weight if len(weight[0]) < 768 else weight[:1]):
+        bound = float(found.bound[i])
+        assert bound >= 1 or true_error(lapack(one), found.to("cpu")[i]) <= bound
 
 
 @pytest.mark.parametrize("rank", [12, 0.9])
@@ -133,3 +164,64 @@ def test_a_second_device_computes_where_its_tensors_are_on_cuda():
         angles = principal_angles(weight[..., :9].to("cuda:1"), weight[..., 9:20].to("cuda:1"))
     assert found.U.device == angles.device == torch.device("cuda", 1)
     check_equal_subspaces(found, plain(truncated_svd, weight, 40))
+
+
+# What makes the host wait for a number on a GPU.
+WAITS = {"_local_scalar_dense", "item", "nonzero", "equal", "is_nonzero", "masked_select", "tolist"}
+
+
+@pytest.mark.parametrize(
+    ("d", "n", "rank", "rung"),
+    [
+        (768, 800, 16, "krylov"),
+        pytest.param(768, 2400, 16, "krylov", marks=pytest.mark.slow),
+        pytest.param(400, 450, 60, "gram-f32", marks=pytest.mark.slow),
+        (400, 450, 0.9, "gram-f32"),
+        (60, 80, 0.9, "gram-f64"),
+    ],
+)
+def test_a_stack_takes_as_many_steps_and_waits_as_one_matrix(monkeypatch, d, n, rank, rung):
+    tolist, counts, lists = torch.Tensor.tolist, [], []
+
+    def counted(tensor):  # does not pass the dispatcher
+        lists.append(tensor.shape)
+        return tolist(tensor)
+
+    monkeypatch.setattr(stacks, "FORCE_BATCHED", True)
+    monkeypatch.setattr(torch.Tensor, "tolist", counted)
+    one = weights(d, n, 0)
+    stack = torch.stack([one.roll(turn, 1) for turn in range(6)])
+    truncated_svd(stack[:1], rank)  # random vectors are drawn once and kept
+    for size in (2, 6):
+        lists.clear()
+        with Calls() as calls:
+            basis = truncated_svd(stack[:size], rank)
+        assert basis.rungs == (rung,) * size
+        waits = sum(calls.counts[name] for name in WAITS) + len(lists)
+        counts.append((calls.counts.total(), waits))
+        assert (calls.counts["prolora::panel_qr"] > 3) == (rung == "krylov")  # through the kernel
+    assert counts[0] == counts[1] and 0 < counts[0][1] <= 8
+    again = truncated_svd(stack, rank)
+    for name in ("U", "S", "V", "bound", "residual"):
+        assert torch.equal(getattr(basis, name), getattr(again, name))
+
+
+def test_a_gpu_s_stack_fills_a_share_of_its_memory_and_gives_way_by_halves():
+    gib = 1 << 30
+    assert stacks._gpu_budget(75 * gib, 80 * gib) == 8 * gib
+    assert stacks._gpu_budget(20 * gib, 24 * gib) == 6 * gib
+    assert stacks._gpu_budget(7 * gib, 8 * gib) == 2 * gib
+    assert stacks._gpu_budget(5 * gib, 80 * gib) == 2 * gib
+    assert stacks._gpu_budget(0, 80 * gib) <= 1
+
+
+@pytest.mark.parametrize("capability, cost", [((9, 0), 2), ((8, 9), 40), ((12, 0), 40)])
+def test_cards_with_slow_float64_form_a_gram_matrix_only_where_that_saves_float64(
+    monkeypatch, capability, cost
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert stacks.float64_cost(torch.device("cuda")) == cost
+    assert stacks.float64_cost(torch.device("cpu")) == 2
+    wide, square = (1280, 10240), (1280, 1280)
+    assert krylov._gram_pays(wide, 512, 128, cost) == (cost == 2)
+    assert not krylov._gram_pays(square, 512, 128, cost)

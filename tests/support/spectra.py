@@ -9,6 +9,11 @@ from torch import Tensor
 from prolora import Basis, truncated_svd
 
 
+def randn(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+    """Normal numbers, the same each time."""
+    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
 def orthonormal(m: int, k: int, generator: torch.Generator) -> Tensor:
     """A random m × k matrix with orthonormal columns, float64."""
     return torch.linalg.qr(torch.randn(m, k, dtype=torch.float64, generator=generator))[0]

@@ -74,38 +74,33 @@ def test_a_card_without_kernels_says_why_and_falls_back_to_torch_once_logged(mac
     assert "torch does the work" in record.message and "7.0" in record.message
 
 
-@pytest.mark.parametrize("why", ["CUDA driver version is insufficient", "no device found"])
-def test_without_a_device_the_reason_is_the_runtimes(machine, why):
-    machine([], why)
-    assert native.cuda_status() == (0, why)
-    assert native.choose("small_svd", torch.device("cuda:0")) == Choice(None, why)
-
-
-def test_a_build_without_kernels_and_a_torch_without_cuda_say_so(machine):
+def test_what_has_no_kernels_is_served_by_torch_and_says_why(machine, monkeypatch):
+    card = torch.device("cuda:0")
+    machine([], "CUDA driver version is insufficient")
+    assert native.cuda_status() == (0, "CUDA driver version is insufficient")
+    assert native.choose("small_svd", card) == Choice(None, "CUDA driver version is insufficient")
     machine([(9, 0)], architectures="")
     assert native.cuda_status() == (0, "this build has no CUDA kernels")
-    assert native.choose("small_svd", torch.device("cuda:0")).kernels is None
+    assert native.choose("small_svd", card).kernels is None
     machine([(9, 0)], torch_cuda=False)
     count, why = native.cuda_status()
     assert count == 0 and why.startswith("this torch has no CUDA")
-
-
-def test_rocm_and_other_devices_are_served_by_torch(machine, monkeypatch):
     machine([(9, 0)])
     assert "xpu" in native.choose("small_svd", torch.device("xpu:0")).why
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    assert "ROCm" in native.choose("small_svd", torch.device("cuda:0")).why
+    assert "ROCm" in native.choose("small_svd", card).why
 
 
 def test_a_device_that_torch_cannot_use_is_refused_at_once(machine):
     machine([], "no NVIDIA driver is installed", torch_cuda=False)
     native.require_device("cpu")
-    with pytest.raises(RuntimeError, match="no usable CUDA device: torch sees none"):
-        native.require_device("cuda:0")
-    with pytest.raises(RuntimeError, match="mps has no float64"):
-        native.require_device("mps")
-    with pytest.raises(RuntimeError, match="cannot use a device of type xpu"):
-        native.require_device("xpu")
+    for device, words in (
+        ("cuda:0", "no usable CUDA device: torch sees none"),
+        ("mps", "mps has no float64"),
+        ("xpu", "cannot use a device of type xpu"),
+    ):
+        with pytest.raises(RuntimeError, match=words):
+            native.require_device(device)
 
 
 def test_every_op_is_told_with_what_runs_it(machine):
@@ -174,33 +169,23 @@ except ImportError as error:
 NO_PACKAGE = "import sys; sys.modules['prolora.core._C'] = None; import prolora; prolora.transfer"
 
 
-@pytest.fixture(scope="module")
-def said():
-    """What programs say that find the extension, or are told of it, in another way each."""
-    begin = "import os, sys, types; "
-    programs = {
-        why: (f"{begin}{break_it}\n{LOGS}{FAILS}", "AUTO") for why, break_it in BROKEN.items()
-    }
-    programs |= {"left alone": (LOGS, "OFF"), "must be there": (NO_PACKAGE, "ON")}
-    return {
-        name: try_fresh(code, PROLORA_NATIVE=native) for name, (code, native) in programs.items()
-    }
-
-
-def test_the_extension_can_be_left_alone_and_one_line_says_so(said):
-    told, kernels = said["left alone"][1].splitlines()
-    assert told == "cpu: torch does the work of the kernels (PROLORA_NATIVE=OFF)"
-    assert kernels == "None"
+def test_the_extension_can_be_left_alone_and_one_line_says_so():
+    _, printed = try_fresh(LOGS, PROLORA_NATIVE="OFF")
+    assert printed.splitlines() == [
+        "cpu: torch does the work of the kernels (PROLORA_NATIVE=OFF)",
+        "None",
+    ]
 
 
 @pytest.mark.parametrize("why", BROKEN)
-def test_an_extension_that_is_missing_or_stale_is_said_and_can_be_an_error(said, why):
-    logged, _, failed = said[why][1].partition("\nNone\n")
+def test_an_extension_that_is_missing_or_stale_is_reported_and_can_be_an_error(why):
+    program = f"import os, sys, types; {BROKEN[why]}\n{LOGS}{FAILS}"
+    logged, _, failed = try_fresh(program, PROLORA_NATIVE="AUTO")[1].partition("\nNone\n")
     assert why in logged
     assert failed.startswith("PROLORA_NATIVE=ON, but there is no compiled extension: ")
     assert why in failed
 
 
-def test_without_an_extension_that_must_be_there_no_verb_can_be_loaded(said):
-    failed, text = said["must be there"]
+def test_without_an_extension_that_must_be_there_no_verb_can_be_loaded():
+    failed, text = try_fresh(NO_PACKAGE, PROLORA_NATIVE="ON")
     assert failed and "PROLORA_NATIVE=ON, but there is no compiled extension: " in text

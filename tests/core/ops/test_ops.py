@@ -3,6 +3,7 @@
 import pytest
 import torch
 from backends import Kernels, load
+from spectra import randn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from prolora import errors
@@ -14,10 +15,6 @@ from prolora.core.ops.project_pair import project_pair
 from prolora.core.ops.small_svd import run_small_svd, small_singular_values, small_svd
 from prolora.core.ops.subspace_overlap import subspace_overlap
 from prolora.core.ops.tridiagonal import tridiagonal_values, tridiagonal_vectors, tridiagonalise
-
-
-def randn(*shape, dtype=torch.float64, **options):
-    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(0), **options)
 
 
 def zeros(*shape, dtype=torch.float32):
@@ -134,6 +131,7 @@ def test_layout_in_memory_does_not_matter(kernels):
         (kernels.subspace_overlap, (single(u), single(u)), (single(dense_u), single(dense_u))),
         (kernels.small_svd, (u,), (dense_u,)),
         (kernels.panel_qr, single(x), single(dense_x)),
+        (kernels.precise_product, (x.mT, x.mT), (dense_x.mT, dense_x.mT)),
     ):
         for one, other in zip(op(*given), op(*dense), strict=True):
             torch.testing.assert_close(one, other)

@@ -120,12 +120,6 @@ def test_a_kernel_that_is_right_and_fast_is_taken_and_the_next_process_knows(car
     assert len(trial.list_choices()) == 1
 
 
-def test_a_kernel_that_is_right_and_slow_is_left(card):
-    card.seconds = 0.02
-    wins, why = call_op()
-    assert not wins and " s over " in why
-
-
 @pytest.mark.parametrize("wrong", [1.001, torch.nan])
 def test_a_kernel_that_is_wrong_is_left_and_the_log_warns(card, monkeypatch, caplog, wrong):
     slow_torch(monkeypatch)
@@ -146,11 +140,17 @@ def test_a_product_that_is_no_better_than_float32_is_left(card, monkeypatch, fac
     assert [choice[0] for choice in trial.list_choices().values()] == [wins]
 
 
-def test_a_kernel_that_does_not_launch_is_left_and_the_log_warns(card, caplog):
-    card.fails = True
-    with caplog.at_level(logging.WARNING):
-        assert "too many resources" in call_op()[1]
-    assert "too many resources" in caplog.text
+@pytest.mark.parametrize(
+    ("fault", "words"), [({"seconds": 0.02}, " s over "), ({"fails": True}, "too many resources")]
+)
+def test_a_kernel_that_is_slow_or_does_not_launch_is_left_and_the_log_says_so(
+    card, caplog, fault, words
+):
+    vars(card).update(fault)
+    with caplog.at_level(logging.INFO):
+        wins, why = call_op()
+    assert not wins and words in why and caplog.records[-1].getMessage().endswith(f"({why})")
+    assert (caplog.records[-1].levelno == logging.WARNING) == ("fails" in fault)
 
 
 FAULTS = {
