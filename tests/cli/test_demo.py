@@ -13,7 +13,6 @@ from prolora import ProLoRAError, open_base
 from prolora.cli import demo
 from prolora.fitting.models import in_float32
 from prolora.fitting.pipelines.pipeline_opening import open_pipeline
-from prolora.verbs.options import FIT
 
 FAMILY = Path(__file__).parents[2] / "examples" / "icon_family"
 BY_WEIGHTS = [("neon", "pruned", 34), ("concept", "few-step", 44)]
@@ -36,7 +35,7 @@ def test_the_demo_writes_the_lora_and_a_page_with_images(
 
 
 def test_the_command_names_its_files_in_a_folder_that_it_makes(prolora, tmp_path, monkeypatch):
-    monkeypatch.setattr(demo.Demo, "_draw", lambda self, report, *_: report)
+    monkeypatch.setattr("prolora.cli.demo.Demo._draw", lambda self, report, *_: report)
     words = ("demo", "--target", "pruned", "-o", tmp_path / "new" / "folder")
     for code, more in ((0, ()), (2, ()), (0, ("--overwrite",))):
         ended, out, err = prolora(*words, *more)
@@ -58,7 +57,7 @@ def test_the_command_that_the_demo_prints_makes_the_same_lora(
     monkeypatch.setattr(demo, "IMAGES", 3)
     one = demo.Demo.find("neon", target, tmp_path)
     report = one.run(False, None)
-    assert (report.method == FIT) == (target == "apart")
+    assert (report.method == "fit") == (target == "apart")
     made = one.moved.read_bytes()
     one.moved.unlink()
     one.page.unlink()
@@ -81,7 +80,7 @@ def test_an_installation_without_the_models_names_the_distribution_that_has_them
 
 @pytest.mark.parametrize("target", ["apart", "pruned", "far", "few-step"])
 def test_the_shipped_family_is_what_its_page_says(target):
-    family = demo.find_models()
+    family = FAMILY / "weights"
     source, other = open_base(family / "source"), open_base(family / target)
     assert all(source.shapes[name] == shape for name, shape in other.shapes.items())
     assert (other.shapes == source.shapes) == (target != "pruned")
@@ -93,7 +92,7 @@ def test_the_shipped_family_is_what_its_page_says(target):
 
 
 def test_what_is_shipped_is_small_and_names_the_licences_of_its_icons():
-    family = demo.find_models()
+    family = FAMILY / "weights"
     assert sum(path.stat().st_size for path in family.rglob("*") if path.is_file()) < 15e6
     for text in (family / "LICENCES.md", FAMILY / "README.md"):
         for package in ("noto", "noto-v1", "twemoji", "fluent-emoji-flat", "emojione"):
@@ -103,7 +102,7 @@ def test_what_is_shipped_is_small_and_names_the_licences_of_its_icons():
 
 @pytest.fixture(scope="module")
 def pipeline():
-    return open_pipeline(demo.find_models() / "source")
+    return open_pipeline(FAMILY / "weights" / "source")
 
 
 def test_prompts_are_read_by_the_words_before_each_word(pipeline):
@@ -115,7 +114,7 @@ def test_prompts_are_read_by_the_words_before_each_word(pipeline):
     assert same.tolist() == [True, True, True, False]
     assert not (tokens[2] == tokens[3]).all(-1).any()
     for name in ("prompts.txt", "butterflies.txt"):
-        prompts = (demo.find_models() / name).read_text().splitlines()
+        prompts = (FAMILY / "weights" / name).read_text().splitlines()
         assert len(pipeline.pipe.encode_icons(prompts)) == 24
 
 
@@ -139,10 +138,13 @@ def test_the_pipeline_draws_the_colours_that_it_is_asked_for(pipeline):
     assert blue > red + 0.3
 
 
-def test_an_unknown_lora_or_target_is_refused_with_the_choices(tmp_path):
-    with pytest.raises(ProLoRAError, match=r"unknown demo LoRA 'none'.*concept, duotone, neon"):
-        demo.Demo.find("none", "far", tmp_path)
-    with pytest.raises(
-        ProLoRAError, match=r"unknown demo target 'none'.*choose from apart, far, few-step, pruned$"
-    ):
-        demo.Demo.find("neon", "none", tmp_path)
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("--lora", "unknown demo LoRA 'none': choose from concept, duotone, neon"),
+        ("--target", "unknown demo target 'none': choose from apart, far, few-step, pruned"),
+    ],
+)
+def test_an_unknown_lora_or_target_is_refused_with_the_choices(prolora, tmp_path, what, said):
+    code, _, error = prolora("demo", what, "none", "-o", tmp_path / "demo")
+    assert code == 2 and said in error

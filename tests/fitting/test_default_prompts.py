@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import prolora
 from prolora.adapters.trigger_words import CaptionedFolder, TrainingWords, read_trigger_words
-from prolora.fitting.default_prompts import COUNT, DIVERSE, derive_prompts
+from prolora.fitting.default_prompts import derive_prompts
 from prolora.fitting.pipelines.pipeline import Pipeline
 
 TAGS = {"sks cat": 20, "grass": 10, "night": 1}
@@ -22,14 +22,17 @@ def prompts_of(*folders: tuple[int, dict[str, int]], phrase: str = "") -> tuple[
     return derive_prompts(TrainingWords(phrase, tuple(CaptionedFolder(*one) for one in folders)))
 
 
+SCENES = prompts_of()
+
+
 def test_half_are_captions_and_of_the_scenes_half_are_without_the_trigger():
     prompts = prompts_of((20, TAGS))
-    assert len(prompts) == COUNT
+    assert len(prompts) == 12
     assert all(set(prompt.split(", ")) <= TAGS.keys() for prompt in prompts[::2])
     assert all(prompt.startswith("sks cat") for prompt in prompts[::2])
     assert {"grass" in prompt for prompt in prompts[::2]} == {True, False}
-    assert all(prompt == f"sks cat, {DIVERSE[1 + 4 * i]}" for i, prompt in enumerate(prompts[1::4]))
-    assert all(prompt == DIVERSE[3 + 4 * i] for i, prompt in enumerate(prompts[3::4]))
+    assert all(prompt == f"sks cat, {SCENES[1 + 4 * i]}" for i, prompt in enumerate(prompts[1::4]))
+    assert prompts[3::4] == SCENES[3::4]
 
 
 def test_a_phrase_of_the_author_is_the_trigger_and_stands_in_every_caption_once():
@@ -37,13 +40,12 @@ def test_a_phrase_of_the_author_is_the_trigger_and_stands_in_every_caption_once(
     assert all(prompt.casefold().count("sks cat") == 1 for prompt in prompts[::2])
     assert all(prompt.startswith("Sks Cat, ") for prompt in prompts[1::4])
     alone = prompts_of(phrase="zwx")
-    assert [("zwx" in prompt) for prompt in alone] == [True, True, True, False] * (COUNT // 4)
+    assert [("zwx" in prompt) for prompt in alone] == [True, True, True, False] * 3
 
 
 def test_a_tag_of_few_images_is_no_trigger_and_no_header_gives_plain_scenes():
-    assert prompts_of((20, {"grass": 8, "sky": 7}), (3, {"car": 3}))[1::4] == DIVERSE[1::4]
-    assert prompts_of() == DIVERSE[:COUNT]
-    assert len(set(DIVERSE)) == len(DIVERSE) >= COUNT
+    assert prompts_of((20, {"grass": 8, "sky": 7}), (3, {"car": 3}))[1::4] == SCENES[1::4]
+    assert len(set(SCENES)) == 12
 
 
 @pytest.mark.slow
@@ -51,7 +53,7 @@ def test_a_tag_of_few_images_is_no_trigger_and_no_header_gives_plain_scenes():
 def test_any_tags_make_prompts(tables):
     header = {"ss_tag_frequency": json.dumps({str(i): table for i, table in enumerate(tables)})}
     prompts = derive_prompts(read_trigger_words(header))
-    assert len(prompts) == COUNT and all(prompts)
+    assert len(prompts) == 12 and all(prompts)
     assert prompts == derive_prompts(read_trigger_words(header))
 
 

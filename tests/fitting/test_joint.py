@@ -20,7 +20,7 @@ from prolora.fitting import gate
 from prolora.fitting.gate import measure_disagreement
 from prolora.fitting.probes import Probe
 from prolora.fitting.solver.joint import choose_start
-from prolora.fitting.solver.joint_fit import STEPS, JointFit, _length_of_step, fit_in_factors
+from prolora.fitting.solver.joint_fit import STEPS, JointFit, _length_of_step
 from prolora.fitting.solver.linearisation import ProbeBatch
 
 __all__ = ["lora", "source"]  # fixtures
@@ -69,7 +69,7 @@ def refined(scales: tuple[float, float] = (1.0, 1.0)) -> tuple[JointFit, JointFi
     """The first half of a fit, and the whole one."""
     model, probes = nonlinear(scales)
     problem = model, ["first", "last"], probes
-    return solve(*problem, 6, rank=3), solve(*problem, 12, rank=3, by=fit_in_factors)
+    return solve(*problem, 6, rank=3), solve(*problem, 12, rank=3, adam=True)
 
 
 def far_apart(ours: LowRank, theirs: LowRank, scale: float = 1.0) -> float:
@@ -107,7 +107,7 @@ def test_a_slope_is_divided_by_the_root_mean_square_of_its_row_as_in_adam():
     probes = [replace(probes[0], wanted=probes[0].wanted + change)]
     half = solve(model, ["last"], probes, 4, rank=1)
     assert half.history[-1] > 0.5  # steps are shorter where little is missing
-    whole = solve(model, ["last"], probes, 8, rank=1, by=fit_in_factors)
+    whole = solve(model, ["last"], probes, 8, rank=1, adam=True)
     update = half.updates["last"]
     length = float(update.down.norm())
     up = (update.up * length).requires_grad_()
@@ -133,7 +133,7 @@ def test_a_fit_from_a_copy_takes_gauss_newton_steps_alone():
     model, probes = nonlinear()
     copied = {"last": LowRank(torch.randn(6, 2) / 5, torch.randn(2, 12) / 5)}
     problem = model, ["last"], probes, 6, 1.0, 3, copied
-    fits = [solve(*problem), solve(*problem, by=fit_in_factors)]
+    fits = [solve(*problem), solve(*problem, adam=True)]
     assert fits[0].history == fits[1].history and len(fits[0].history) == 6
     assert torch.equal(*(fit.updates["last"].dense() for fit in fits))
 
@@ -142,7 +142,7 @@ def test_probes_that_miss_nothing_move_nothing_in_the_second_half():
     """Slopes of rounding alone would be made as long as any."""
     model, drawn, _ = alternating("mmmmnnnnnnnn")
     half = solve(model, ["0"], iter(drawn).__next__, 4, 1e-6, 5)
-    whole = solve(model, ["0"], iter(drawn).__next__, 8, 1e-6, 5, by=fit_in_factors)
+    whole = solve(model, ["0"], iter(drawn).__next__, 8, 1e-6, 5, adam=True)
     assert far_apart(half.updates["0"], whole.updates["0"]) < 1e-5
 
 
@@ -152,7 +152,7 @@ def test_no_module_that_never_reaches_the_prediction_is_changed():
     probes = teach(model, torch.randn(50, 6), torch.randn(50, 6))
     problem = model, ["used", "idle", "asleep"], probes, 3
     assert solve(*problem).updates.keys() == {"used"}
-    assert solve(*problem, by=fit_in_factors).updates.keys() == {"used"}
+    assert solve(*problem, adam=True).updates.keys() == {"used"}
 
 
 class WithBlindEnd(nn.Module):

@@ -8,12 +8,12 @@ import shutil
 
 import pytest
 import torch
+from lora_files import read_lora
 from PIL import Image
 from typer.testing import CliRunner
 
 import prolora
 from prolora import LowRank
-from prolora.adapters import read_adapter
 from prolora.cli.app import app
 from prolora.cli.demo import find_models
 from prolora.errors import InvalidOption, OutputExists, UnrelatedBases, UnsupportedFormat
@@ -60,10 +60,21 @@ def quick(monkeypatch):
         monkeypatch.setattr(pictures, name, value)
 
 
+@pytest.fixture
+def untrained(monkeypatch, quick):
+    """No step is taken."""
+    monkeypatch.setattr(pictures, "STEPS", 0)
+
+
+def train(folder, lora="neon", target="far", **asked):
+    icons = find_models()
+    ends = icons / f"loras/{lora}.safetensors", None, icons / target
+    return prolora.fit(*ends, pictures=folder, **BESIDE | asked)
+
+
 def test_a_training_is_nearer_to_held_out_pictures_than_every_copy(icons, folder, tmp_path, quick):
     out = tmp_path / "out.safetensors"
-    lora = icons / "loras/duotone.safetensors"
-    report = prolora.fit(lora, None, icons / "far", pictures=folder, out=out, **BESIDE).report
+    report = train(folder, "duotone", out=out).report
     assert (report.taught, report.unseen, report.own) == (6, 3, 2)
     copies = {f"the copy at {strength:g}" for strength in (0.25, 0.5, 0.75, 1)}
     assert copies | {"no LoRA", "the training"} <= report.errors.keys()
@@ -71,74 +82,62 @@ def test_a_training_is_nearer_to_held_out_pictures_than_every_copy(icons, folder
     assert report.written == "the training"
     others = (error for name, error in report.errors.items() if name != "the training")
     assert report.errors["the training"] < 0.9 * min(others)
-    assert report.gain.share > pictures.STRENGTHS[0] / 10 and report.gain.lowest > 0
+    assert report.gain.share > 0.025 and report.gain.lowest > 0
     words = str(report)
     assert words.startswith("✔ This should work on far.\nprolora trained the LoRA for")
     assert "6 pictures and 2 samples of the target were learnt" in words
     assert json.loads(report.to_json())["errors"]["no LoRA"] == 1
-    written = read_adapter(out)
+    written = read_lora(out)
     assert written.metadata["prolora.pictures"] == "9"
-    assert written.updates.keys() == read_adapter(lora).updates.keys()
+    assert written.updates.keys() == read_lora(icons / "loras/duotone.safetensors").updates.keys()
     assert {update.rank for update in written.updates.values()} == {4}
 
 
-def test_where_a_copy_is_no_better_than_no_lora_a_training_starts_from_nothing(
-    icons, folder, monkeypatch, quick
-):
-    monkeypatch.setattr(pictures, "STEPS", 0)
-    asked = {"pictures": folder, "force": True} | BESIDE
-    done = prolora.fit(icons / "loras/neon.safetensors", None, icons / "apart", **asked)
+def test_where_a_copy_is_no_better_than_no_lora_a_training_starts_from_nothing(folder, untrained):
+    done = train(folder, target="apart", force=True)
     assert done.report.errors["the copy at 1"] > 1 and done.report.start == "nothing"
     assert done.report.errors["the training"] == pytest.approx(1)
     assert not any(update.up.any() for update in done.adapter.updates.values())
 
 
 def test_a_training_that_teaches_nothing_sure_leaves_the_best_copy_or_is_refused(
-    icons, folder, tmp_path, monkeypatch, quick
+    icons, folder, tmp_path, monkeypatch, untrained
 ):
-    monkeypatch.setattr(pictures, "STEPS", 0)
-    neon = icons / "loras/neon.safetensors"
     with pytest.raises(UnrelatedBases, match=r"no copy is better than no LoRA.*`force`"):
-        prolora.fit(neon, None, icons / "apart", pictures=folder, **BESIDE)
+        train(folder, target="apart")
     monkeypatch.setattr(pictures, "START", 0.05)
-    ends = icons / "loras/duotone.safetensors", None, icons / "far"
+    updates = read_lora(icons / "loras/duotone.safetensors").updates
     ours = tmp_path / "drawn"  # with the LoRA itself
     ours.mkdir()
     model = open_pipeline(icons / "far")
-    with with_lora(model.denoiser, read_adapter(ends[0]).updates):
+    with with_lora(model.denoiser, updates):
         draw(model, ours, 6)
-    copied = prolora.fit(*ends, pictures=ours, **BESIDE)
+    copied = train(ours, "duotone")
     assert copied.report.written in {f"the copy at {s:g}" for s in (0.25, 0.5, 0.75, 1)}
     assert str(copied.report).startswith("⚠ The pictures taught nothing that is sure.")
     strength = float(copied.report.written.split()[-1])
-    for name, update in read_adapter(ends[0]).updates.items():
+    for name, update in updates.items():
         expected = LowRank(strength * update.up, update.down).dense()
         assert torch.allclose(copied.adapter.updates[name].dense(), expected, atol=1e-6)
 
 
-def test_equal_pictures_keep_a_result_and_another_caption_does_not(
-    icons, folder, tmp_path, monkeypatch, quick
-):
-    monkeypatch.setattr(pictures, "STEPS", 0)
-    lora, out, taken = icons / "loras/neon.safetensors", tmp_path / "a.safetensors", tmp_path / "p"
+def test_equal_pictures_keep_a_result_and_another_caption_does_not(folder, tmp_path, untrained):
+    taken, asked = tmp_path / "p", {"out": tmp_path / "a.safetensors", "force": True}
     shutil.copytree(folder, taken)
-    asked = {"out": out, "force": True} | BESIDE
-    assert not prolora.fit(lora, None, icons / "far", pictures=folder, **asked).report.before
-    assert prolora.fit(lora, None, icons / "far", pictures=taken, **asked).report.before
+    assert not train(folder, **asked).report.before
+    assert train(taken, **asked).report.before
     (taken / "0.txt").write_text("boat noto many on-red")
     with pytest.raises(OutputExists):
-        prolora.fit(lora, None, icons / "far", pictures=taken, **asked)
+        train(taken, **asked)
 
 
-def test_an_interrupted_training_leaves_no_file(icons, folder, tmp_path, quick):
+def test_an_interrupted_training_leaves_no_file(folder, tmp_path, quick):
     def interrupt(done: int, total: int, name: str) -> None:
         if name == "training" and done > 4:
             raise KeyboardInterrupt
 
-    ends, asked = (icons / "loras/neon.safetensors", None, icons / "far"), {"pictures": folder}
-    asked |= {"out": tmp_path / "a.safetensors", "progress": interrupt}
     with pytest.raises(KeyboardInterrupt):
-        prolora.fit(*ends, **asked | BESIDE)
+        train(folder, out=tmp_path / "a.safetensors", progress=interrupt)
     assert not list(tmp_path.iterdir())
 
 
@@ -154,32 +153,30 @@ def test_an_interrupted_training_leaves_no_file(icons, folder, tmp_path, quick):
     ],
 )
 def test_a_folder_that_cannot_be_learnt_is_refused_before_a_model_is_loaded(
-    icons, folder, tmp_path, unopened, change, error, words
+    folder, tmp_path, unopened, change, error, words
 ):
     taken = tmp_path / "pictures"
     shutil.copytree(folder, taken)
     change(taken)
-    lora = icons / "loras/neon.safetensors"
     for dry_run in (False, True):
         with pytest.raises(error, match=words):
-            prolora.fit(lora, None, icons / "far", pictures=taken, dry_run=dry_run)
+            train(taken, dry_run=dry_run)
 
 
 def test_options_of_a_fit_of_two_models_and_a_missing_source_are_refused(icons, folder, unopened):
-    ends = icons / "loras/neon.safetensors", None, icons / "far"
     for option in ({"look": "source"}, {"resume": "kept"}, {"rank": 4}, {"max_vram": "8GB"}):
         with pytest.raises(InvalidOption, match=rf"`{next(iter(option))}` is of use in a fit"):
-            prolora.fit(*ends, pictures=folder, **option)
+            train(folder, **option)
     with pytest.raises(InvalidOption, match="`source` is missing"):
-        prolora.fit(*ends)
+        prolora.fit(icons / "loras/neon.safetensors", None, icons / "far")
 
 
-def test_a_picture_smaller_than_what_is_trained_is_refused(icons, folder, tmp_path):
+def test_a_picture_smaller_than_what_is_trained_is_refused(folder, tmp_path):
     taken = tmp_path / "pictures"
     shutil.copytree(folder, taken)
     Image.new("RGB", (30, 20)).save(taken / "7.png")
     with pytest.raises(InvalidOption, match=r"7.png has 30 × 20 pixels, and 24 × 24 are trained"):
-        prolora.fit(icons / "loras/neon.safetensors", None, icons / "far", pictures=taken, **BESIDE)
+        train(taken)
 
 
 def test_the_command_needs_no_source_and_says_what_it_would_do(icons, folder, unopened):

@@ -17,11 +17,17 @@ __all__ = ["lora", "source"]  # fixtures
 QUICK = {"fit_steps": 3, "rank": 3, "force": True}
 
 
+@pytest.fixture
+def kept(tmp_path):
+    """A fit keeps its parts in the test's folder."""
+    return {"parts": KeptParts(tmp_path)}
+
+
 class Interrupted(Exception):
     pass
 
 
-def test_a_fit_that_is_interrupted_samples_nothing_again(source, lora, tmp_path, monkeypatch):
+def test_a_fit_that_is_interrupted_samples_nothing_again(source, lora, tmp_path, monkeypatch, kept):
     target = permuted(source)
     complete = fit_models(source, target, lora, **QUICK)
 
@@ -29,7 +35,6 @@ def test_a_fit_that_is_interrupted_samples_nothing_again(source, lora, tmp_path,
         if name.startswith("step 2"):
             raise Interrupted
 
-    kept = {"parts": KeptParts(tmp_path)}
     with pytest.raises(Interrupted):
         fit_models(source, target, lora, progress=stop, **kept, **QUICK)
     assert len(list(tmp_path.glob("images-*"))) == 6
@@ -42,8 +47,8 @@ def test_a_fit_that_is_interrupted_samples_nothing_again(source, lora, tmp_path,
     assert same_bits(complete.updates, whole.updates)
 
 
-def test_damaged_and_foreign_files_are_made_again(source, lora, tmp_path, monkeypatch):
-    target, kept = permuted(source), {"parts": KeptParts(tmp_path)}
+def test_damaged_and_foreign_files_are_made_again(source, lora, tmp_path, monkeypatch, kept):
+    target = permuted(source)
     first = fit_models(source, target, lora, **kept, **QUICK)
     files = sorted(tmp_path.glob("*.safetensors"))
     assert len(files) == 6 + 1
@@ -66,9 +71,11 @@ def test_damaged_and_foreign_files_are_made_again(source, lora, tmp_path, monkey
     assert len(list(tmp_path.glob("*.safetensors"))) == 7 + 1
 
 
-def test_nothing_is_kept_unless_asked_nor_of_what_is_refused(source, lora, tmp_path, monkeypatch):
+def test_nothing_is_kept_unless_asked_nor_of_what_is_refused(
+    source, lora, tmp_path, monkeypatch, kept
+):
     monkeypatch.chdir(tmp_path)
     fit_models(source, permuted(source), lora, **QUICK)
     with pytest.raises(ProLoRAError, match="no updates"):
-        fit_models(source, source, {}, parts=KeptParts(tmp_path / "kept"))
+        fit_models(source, source, {}, **kept)
     assert not list(tmp_path.iterdir())

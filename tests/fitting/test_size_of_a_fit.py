@@ -17,12 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from prolora import LowRank, ProLoRAError
 from prolora.fitting.models import in_float32
 from prolora.fitting.sides import Call, output_of
-from prolora.fitting.solver.joint_fit import (
-    JointProblem,
-    fit_in_factors,
-    fit_jointly,
-    start_factors,
-)
+from prolora.fitting.solver.joint_fit import JointProblem, start_factors
 from prolora.fitting.solver.linearisation import ProbeBatch
 from prolora.fitting.solver.spectra import JointCurvature, LeadingSpectrum
 from prolora.fitting.updates import weight_of, with_lora
@@ -60,13 +55,15 @@ def parts() -> tuple[nn.Module, list[str], list[ProbeBatch]]:
     return model, [f"{i}.0" for i in range(4)], probes
 
 
-@pytest.mark.parametrize("by", [fit_jointly, fit_in_factors])
+@pytest.mark.parametrize("adam", [False, True])
 @pytest.mark.parametrize("start", [pytest.param("zero", marks=pytest.mark.slow), "copy"])
-def test_no_tensor_of_a_weights_size_is_made_by_a_fit(start, by):
+def test_no_tensor_of_a_weights_size_is_made_by_a_fit(start, adam):
     model, names, probes = parts()
     copied = {n: LowRank(torch.randn(WIDE, 3) / 50, torch.randn(3, WIDE) / 14) for n in names[:2]}
     with Large(WIDE * WIDE) as large:
-        fit = solve(model, names, probes, 6, rank=4, start=copied if start == "copy" else {}, by=by)
+        fit = solve(
+            model, names, probes, 6, rank=4, start=copied if start == "copy" else {}, adam=adam
+        )
     assert not large.names
     assert fit.history[-1] > fit.history[0]
 

@@ -76,13 +76,12 @@ def by_folder(folder):
 
 def by_names(folder):
     """Results that are named by digits are made again where they are not current."""
-    (done,) = prolora.transfer_many(
-        [folder / "lora.safetensors"],
-        folder / "source",
-        folder / "target",
-        folder / "named",
-        naming=lambda lora, digits: f"{lora.stem}-{digits}",
-    )
+
+    def name_by_digits(lora, digits):
+        return f"{lora.stem}-{digits}"
+
+    ends = [folder / "lora.safetensors"], folder / "source", folder / "target"
+    (done,) = prolora.transfer_many(*ends, folder / "named", naming=name_by_digits)
     assert done.error is None
     return done.kept
 

@@ -28,9 +28,8 @@ def case(tmp_path):
 
 
 def test_a_dora_moves_as_merged_minus_base(case, tmp_path):
-    report = prolora.transfer(
-        *case, out=tmp_path / "out", method="prolora", rank=0.9, threshold=0
-    ).report
+    how = {"method": "prolora", "rank": 0.9, "threshold": 0}
+    report = transfer(*case, out=tmp_path / "out", **how).report
     tensors = lora_tensors()
     for name, update in read_lora(tmp_path / "out").updates.items():
         key = "lora_unet_" + name.replace(".", "_")
@@ -76,10 +75,8 @@ def test_a_dry_run_refuses_what_a_transfer_would(case):
             run(lora, source, target)
 
 
-@pytest.mark.parametrize(
-    "run", [lambda *case, dry=dry: transfer(*case, dry_run=dry).report for dry in (True, False)]
-)
-def test_updates_that_need_weights_the_base_lacks_are_skipped_modules(case, run):
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_updates_that_need_weights_the_base_lacks_are_skipped_modules(case, dry_run):
     lora, source, target = case
     tensors = lora_tensors()
     for i in range(2):
@@ -88,7 +85,7 @@ def test_updates_that_need_weights_the_base_lacks_are_skipped_modules(case, run)
         tensors[f"{stem}.lora_down.weight"] = torch.ones(2, 5)
         tensors[f"{stem}.dora_scale"] = torch.ones(6, 1)
     save_file(tensors, lora)
-    report = run(lora, source, target)
+    report = transfer(lora, source, target, dry_run=dry_run).report
     assert (report.totals["mapped"], report.totals["skipped"]) == (8, 6)
     assert report.coverage == pytest.approx(8 / 14) and report.left_out == {}
     rows = [row for row in report.rows("skipped") if row.source.startswith("text_encoder.")]
@@ -100,7 +97,7 @@ def test_updates_that_need_weights_the_base_lacks_are_skipped_modules(case, run)
 def test_a_lora_of_biases_alone_is_not_told_as_a_dry_run(case, tmp_path):
     keys = ["lora_unet_" + name.replace(".", "_") for name in shapes(3)]
     save_file({f"{key}.diff_b": torch.ones(24) for key in keys}, case[0])
-    report = prolora.transfer(*case, out=tmp_path / "out", method="copy").report
+    report = transfer(*case, out=tmp_path / "out", method="copy").report
     assert report.vectors == 8 and "dry run" not in str(report)
     assert report.in_words().mark == "⚠"
     assert report.in_words().headline.endswith("normalisation layers alone; 8 of 12 go over.")
@@ -117,10 +114,8 @@ def test_only_a_lora_of_which_all_was_read_is_told_as_zero(case):
     zeros = {k: x * ("lora_up" not in k) for k, x in lora_tensors().items() if "alpha" not in k}
     keys = ["lora_unet_" + name.replace(".", "_") for name in shapes(3)]
     save_file(zeros | {f"{key}.diff_b": torch.ones(24) for key in keys}, lora)
-    for told in (
-        transfer(*case, dry_run=True).report,
-        prolora.transfer(*case, method="copy").report,
-    ):
+    for asked in ({"dry_run": True}, {"method": "copy"}):
+        told = transfer(*case, **asked).report
         assert "is zero" not in str(told) and told.vectors == 8
     assert "8 of 12 go over" in told.in_words().headline and "dry run" not in str(told)
 
@@ -151,10 +146,8 @@ def write_kind(path, kind):
 @pytest.mark.parametrize("kind", ["lora", "loha", "lokr", "full"])
 def test_a_dry_run_tells_the_share_that_the_transfer_tells(case, kind):
     write_kind(case[0], kind)
-    planned, done = (
-        transfer(*case, dry_run=True).report,
-        prolora.transfer(*case, method="copy").report,
-    )
+    planned = transfer(*case, dry_run=True).report
+    done = transfer(*case, method="copy").report
     (told,) = (line for line in planned.in_words().lines if "has a place" in line)
     assert any(told.removesuffix(".") in line for line in done.in_words().lines)
     assert planned.totals["energy_mapped"] == pytest.approx(done.totals["energy_mapped"], rel=1e-4)
@@ -165,7 +158,7 @@ def test_blocks_left_out_as_asked_have_a_place_in_a_dry_run_as_in_a_transfer(cas
     write_kind(case[0], "lora")
     blocks = {"down_blocks.1.attentions.0.transformer_blocks.0": 0}
     planned = transfer(*case, method="copy", blocks=blocks, dry_run=True).report
-    done = prolora.transfer(*case, method="copy", blocks=blocks).report
+    done = transfer(*case, method="copy", blocks=blocks).report
     (place,) = (x.partition(",")[0] for x in done.in_words().lines if "has a place" in x)
     assert planned.in_words().lines[0] == f"{place}."
     assert "(21%)" in place and done.totals["energy_mapped"] < 0.15

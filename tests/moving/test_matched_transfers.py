@@ -151,12 +151,11 @@ def test_text_encoders_are_projected_when_asked_for():
     key = "lora_te_" + name.removeprefix("text_encoder.").replace(".", "_")
     tensors[f"{key}.lora_up.weight"] = torch.randn(24, 4, generator=generator)
     tensors[f"{key}.lora_down.weight"] = torch.randn(4, 24, generator=generator)
-    projected = prolora.transfer(
-        tensors, source, target, text_encoder="project", method="prolora", threshold=0.0
-    )
+    how = {"method": "prolora", "threshold": 0.0}
+    projected = prolora.transfer(tensors, source, target, text_encoder="project", **how)
     (row,) = [row for row in projected.report.modules if row.source == name]
     assert row.measures and row.reason == "projected (prolora)" and row.drift
-    copied = prolora.transfer(tensors, source, target, method="prolora", threshold=0.0)
+    copied = prolora.transfer(tensors, source, target, **how)
     (row,) = [row for row in copied.report.modules if row.source == name]
     assert "carried over" in row.reason
     change = copied.adapter.updates[name].dense() - projected.adapter.updates[name].dense()
@@ -175,12 +174,8 @@ def test_convolutions_are_moved_as_flattened_matrices_and_take_the_targets_form(
     convolved = {place: square[..., None, None], conv: kernel}
     linear = {place: related(square, 0.1, 1), conv: related(kernel, 0.1, 2)}
     updates = {
-        place: LowRank(
-            torch.randn(24, 2, generator=generator), torch.randn(2, 24, generator=generator)
-        ),
-        conv: LowRank(
-            torch.randn(24, 2, generator=generator), torch.randn(2, 216, generator=generator)
-        ),
+        name: LowRank(*(torch.randn(size, generator=generator) for size in ((24, 2), (2, columns))))
+        for name, columns in ((place, 24), (conv, 216))
     }
     for pair in ((convolved, linear), (linear, convolved)):
         done = prolora.transfer(Adapter(updates), *pair, method="prolora", rank=8, threshold=0.0)
@@ -188,9 +183,8 @@ def test_convolutions_are_moved_as_flattened_matrices_and_take_the_targets_form(
         for name in (place, conv):
             ours, theirs = (base[name].reshape(24, -1) for base in pair)
             wanted = prolora.project(updates[name].dense(), ours, theirs, rank=8)
-            torch.testing.assert_close(
-                done.adapter.updates[name].dense(), wanted, atol=1e-4, rtol=1e-4
-            )
+            found = done.adapter.updates[name].dense()
+            torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
         kernels = {conv: (3, 3)} | ({place: (1, 1)} if pair[1] is convolved else {})
         assert done.adapter.kernels == kernels
 
@@ -200,15 +194,9 @@ def test_nothing_is_written_where_no_block_is_recognised(tmp_path):
     generator = torch.Generator().manual_seed(0)
     apart = {n: torch.randn(w.shape, generator=generator) for n, w in target_weights().items()}
     for method in ("auto", "copy"):
+        asked = {"match": "similarity", "method": method, "out": tmp_path / "out.safetensors"}
         with pytest.raises(UnrelatedBases, match="No-go: no transformer block"):
-            prolora.transfer(
-                lora,
-                source,
-                apart,
-                out=tmp_path / "out.safetensors",
-                match="similarity",
-                method=method,
-            )
+            prolora.transfer(lora, source, apart, **asked)
     assert not (tmp_path / "out.safetensors").exists()
 
 
@@ -227,9 +215,7 @@ def test_a_bk_student_gets_the_updates_of_the_blocks_it_was_made_from():
     target[new] = related(source[old], 0.1, 1)
     assert open_base(target).layout == "bk-sdm-base"
     updates = {
-        name: LowRank(
-            torch.randn(1280, 4, generator=generator), torch.randn(4, 1280, generator=generator)
-        )
+        name: LowRank(*(torch.randn(s, generator=generator) for s in ((1280, 4), (4, 1280))))
         for name in (old, new)
     }
     done = prolora.transfer(Adapter(updates), source, target)

@@ -122,11 +122,9 @@ def test_one_path_stands_for_a_list_of_loras(tmp_path):
 
 
 def test_a_node_names_widgets(words):
+    fits = "It fits; give it as `source` or `target`"
     for message, said in (
-        (
-            "It fits; give it as `source` or `target`",
-            "It fits; give it as “trained on” or “use on”",
-        ),
+        (fits, "It fits; give it as “trained on” or “use on”"),
         ("Nothing written; `method='copy'` does it", "Nothing written; “method”: copy does it"),
         ("Too little; `max_memory` is too low", "Too little"),
     ):

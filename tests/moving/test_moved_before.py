@@ -66,9 +66,8 @@ def test_another_base_is_refused_with_the_names_of_both_and_the_way_out(files, t
 def test_again_moves_it_all_the_same_and_the_chain_says_so(files, tmp_path):
     moved, a, _, c = files
     move(moved, a, c, tmp_path / "out.safetensors", again=True)
-    assert ("from a.safetensors to b.safetensors, then from a.safetensors to c.safetensors") in str(
-        prolora.check(tmp_path / "out.safetensors")
-    )
+    chain = "from a.safetensors to b.safetensors, then from a.safetensors to c.safetensors"
+    assert chain in str(prolora.check(tmp_path / "out.safetensors"))
 
 
 def test_every_door_refuses_it(files, tmp_path):
@@ -131,11 +130,8 @@ def test_bases_that_have_one_name_are_told_by_their_hashes(tmp_path):
 def test_a_base_of_several_files_is_told_by_weights_in_them(tmp_path):
     lora, _, _ = write_case(tmp_path)
     folders = []
-    for name, tensors in (
-        ("a", source_weights()),
-        ("b", target_weights()),
-        ("c", target_weights()),
-    ):
+    weights = {"a": source_weights(), "b": target_weights(), "c": target_weights()}
+    for name, tensors in weights.items():
         pipeline = tmp_path / name
         write_folder(pipeline / "unet", tensors)
         encoder = write_folder(
@@ -229,8 +225,6 @@ def test_a_check_tells_the_old_base_from_the_one_that_it_was_moved_to(files):
     moved, a, b, _ = files
     old, new = prolora.check(moved, base=a), prolora.check(moved, base=b)
     assert new and new.base_match.moved_to == ""
-    assert (
-        not old
-        and old.base_match.moved_to == "b.safetensors" == old.to_dict()["base_match"]["moved_to"]
-    )
+    assert not old and old.base_match.moved_to == "b.safetensors"
+    assert old.to_dict()["base_match"]["moved_to"] == "b.safetensors"
     assert str(old).startswith("⚠") and "have their place, but it was moved to b.safe" in str(old)

@@ -108,20 +108,12 @@ def test_an_option_that_is_none_is_refused_by_its_name(tmp_path, name, value):
 
 
 def test_numbers_of_numpy_are_options_as_those_of_python_are(tmp_path, aged):
+    plain = {"rank": 8, "threshold": 0.25, "strength": 0.5, "out_rank": 4, "max_memory": 1 << 40}
+    kinds = np.int64, np.float64, np.float16, np.int64, np.int64
     given = TransferOptions(
-        rank=np.int64(8),
-        threshold=np.float64(0.25),
-        strength=np.float16(0.5),
-        out_rank=np.int64(4),
-        max_memory=np.int64(1 << 40),
+        **{n: kind(x) for kind, (n, x) in zip(kinds, plain.items(), strict=True)}
     )
-    plain = TransferOptions(
-        rank=8,
-        threshold=0.25,
-        strength=0.5,
-        out_rank=4,
-        max_memory=1 << 40,
-    )
+    plain = TransferOptions(**plain)
     assert given == plain and repr(given) == repr(plain)
     given = FitOptions(images=np.int64(3), guidance=np.float32(2), rank=np.int64(4))
     assert repr(given) == repr(FitOptions(images=3, guidance=2.0, rank=4))

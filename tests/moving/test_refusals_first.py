@@ -47,57 +47,44 @@ def change(file, key, number):
     save_file(tensors, file)
 
 
+FORMAT, SHAPE = errors.UnsupportedFormat, errors.ShapeMismatch
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def add(file, tensors):
+    save_file(load_file(file) | tensors, file)
+
+
+def pickle(file):
+    torch.save({"a": SURPRISES}, file, _use_new_zipfile_serialization=False)
+
+
 # What is wrong -> (which file, how it becomes so, the error, what its message names).
 BAD = {
-    "no LoRA": (0, lambda x: x.write_bytes(b"nothing"), errors.UnsupportedFormat, "lora"),
-    "truncated LoRA": (
-        0,
-        lambda x: x.write_bytes(x.read_bytes()[:-100]),
-        errors.UnsupportedFormat,
-        "alpha|lora_",
-    ),
-    "truncated base": (
-        1,
-        lambda x: x.write_bytes(x.read_bytes()[:-100]),
-        errors.UnsupportedFormat,
-        "transformer_blocks",
-    ),
+    "no LoRA": (0, lambda x: x.write_bytes(b"nothing"), FORMAT, "lora"),
+    "truncated LoRA": (0, cut, FORMAT, "alpha|lora_"),
+    "truncated base": (1, cut, FORMAT, "transformer_blocks"),
     "NaN in a base weight": (
-        1,
-        lambda x: change(x, f"{NAME}.weight", math.nan),
-        errors.NonFiniteWeights,
-        re.escape(NAME),
+        *(1, lambda x: change(x, f"{NAME}.weight", math.nan)),
+        *(errors.NonFiniteWeights, re.escape(NAME)),
     ),
     "Inf in the LoRA": (
-        0,
-        lambda x: change(x, f"{KEY}.lora_up.weight", math.inf),
-        errors.NonFiniteWeights,
-        KEY,
+        *(0, lambda x: change(x, f"{KEY}.lora_up.weight", math.inf)),
+        *(errors.NonFiniteWeights, KEY),
     ),
     "LoRA for another architecture": (
-        0,
-        lambda x: save_file(OTHER_MODEL, x),
-        errors.UnsupportedFormat,
-        r"single_transformer_blocks\.0\.proj_mlp",
+        *(0, lambda x: save_file(OTHER_MODEL, x)),
+        *(FORMAT, r"single_transformer_blocks\.0\.proj_mlp"),
     ),
     "module whose shape does not fit": (
-        0,
-        lambda x: save_file(load_file(x) | {f"{KEY}.lora_up.weight": torch.ones(25, 4)}, x),
-        errors.ShapeMismatch,
-        re.escape(NAME),
+        *(0, lambda x: add(x, {f"{KEY}.lora_up.weight": torch.ones(25, 4)})),
+        *(SHAPE, re.escape(NAME)),
     ),
-    "unknown key": (
-        0,
-        lambda x: save_file(load_file(x) | SURPRISES, x),
-        errors.UnsupportedFormat,
-        "surprise",
-    ),
-    "pickle": (
-        0,
-        lambda x: torch.save({"a": SURPRISES}, x, _use_new_zipfile_serialization=False),
-        errors.UnsupportedFormat,
-        "safetensors",
-    ),
+    "unknown key": (0, lambda x: add(x, SURPRISES), FORMAT, "surprise"),
+    "pickle": (0, pickle, FORMAT, "safetensors"),
 }
 
 

@@ -63,9 +63,8 @@ def test_the_report_agrees_with_the_reference(case, strength):
         assert row.norm_ratio == pytest.approx(float(expected.norm() / copied.norm()), rel=1e-4)
         distance = float((expected - copied).norm() / copied.norm())
         assert row.copy_distance == pytest.approx(distance, rel=1e-3)
-        found = prolora.similarity(
-            source_weights()[row.source], target_weights()[row.source], rank=0.9
-        )
+        weights = source_weights()[row.source], target_weights()[row.source]
+        found = prolora.similarity(*weights, rank=0.9)
         assert m.phi_left == pytest.approx(float(found.left), abs=1e-5)
         assert m.above_right == pytest.approx(float(found.above_right), abs=1e-5)
         blocks = m.range_energy + m.null_energy + m.range_null_energy + m.null_range_energy
@@ -159,9 +158,8 @@ def test_same_source_and_target_at_full_rank_gives_the_lora_back(case):
     before = read_lora(lora)
     square = [name for name, (m, n) in shapes(3).items() if m == n]
     for name in square:
-        torch.testing.assert_close(
-            done.adapter.updates[name].dense(), before.updates[name].dense(), atol=1e-5, rtol=1e-5
-        )
+        found, wanted = done.adapter.updates[name].dense(), before.updates[name].dense()
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
 
 def test_metadata_is_kept_and_says_where_the_lora_belongs_now(case, tmp_path):
@@ -180,9 +178,8 @@ def test_the_result_does_not_depend_on_how_weights_are_stacked(case, monkeypatch
     monkeypatch.setattr(import_module("prolora.bases.memory"), "STACK_BYTES", 1)
     alone = prolora.transfer(lora, source, target, threshold=0, method="prolora", rank=0.9)
     for name, update in alone.adapter.updates.items():
-        torch.testing.assert_close(
-            update.dense(), together.adapter.updates[name].dense(), atol=1e-6, rtol=1e-5
-        )
+        wanted = together.adapter.updates[name].dense()
+        torch.testing.assert_close(update.dense(), wanted, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("method", BY_BASES)

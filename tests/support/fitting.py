@@ -20,7 +20,7 @@ from prolora.fitting.pipelines.schedules import NoiseSchedule, Times
 from prolora.fitting.pipelines.watching import watch_sampling
 from prolora.fitting.probes import ORIGINS, Probe
 from prolora.fitting.sides import output_of
-from prolora.fitting.solver.joint_fit import JointFit, JointProblem, fit_jointly
+from prolora.fitting.solver.joint_fit import JointFit, JointProblem, fit_in_factors, fit_jointly
 from prolora.fitting.solver.linearisation import ProbeBatch
 from prolora.fitting.updates import with_lora
 from prolora.fitting.workload import Meter, Workload
@@ -100,10 +100,14 @@ def solve(
     damping: float = 1.0,
     rank: int = 2,
     start: dict[str, LowRank] | None = None,
-    by: Callable[..., JointFit] = fit_jointly,
+    adam: bool = False,
 ) -> JointFit:
-    """Fits modules to the same probes in every step, or to those that a function draws."""
+    """Fits modules to the same probes in every step, or to those that a function draws.
+
+    By Gauss–Newton steps alone, or with Adam's in the second half.
+    """
     draw = probes if callable(probes) else lambda: probes
+    by = fit_in_factors if adam else fit_jointly
     return by(JointProblem(model, names, output_of, draw, steps, damping, rank), start)
 
 

@@ -42,6 +42,13 @@ def place(name):
     return DepthTable(tuple(load_layout("sdxl").shapes)).find_place(name)
 
 
+def resolve(blocks, layout, names=None, *more):
+    """Factors of modules of a layout, by default of all of them, and its table of blocks."""
+    family = next(one for one in known_families().values() if layout in one.layouts)
+    table = DepthTable((*load_layout(layout).shapes, *more), family)
+    return BlockWeights.read(blocks).resolve(table, names or table.modules, "the model"), table
+
+
 @settings(deadline=None, max_examples=examples(25))
 @given(st.lists(st.floats(-2, 2, width=32), min_size=12, max_size=12))
 def test_a_number_for_each_block_multiplies_its_modules(numbers):
@@ -89,28 +96,22 @@ def test_twelve_numbers_leave_out_what_has_another_block():
 
 
 def test_a_transformers_blocks_are_meant_by_ranges_and_by_the_authors_names():
-    flux = known_families()["flux"]
-    table = DepthTable(tuple(load_layout("flux1-dev").shapes), flux)
     names = [f"transformer_blocks.{i}.attn.to_q" for i in range(19)]
     names += [f"single_transformer_blocks.{i}.attn.to_q" for i in range(38)]
     for text in ("double_blocks.*=0.5", "transformer_blocks.0-18=0.5", "D00-D18=0.5"):
-        factors = BlockWeights.read(text).resolve(table, names, "FLUX.1")
-        assert factors == dict.fromkeys(names[:19], 0.5), text
+        assert resolve(text, "flux1-dev", names)[0] == dict.fromkeys(names[:19], 0.5), text
     numbers = [1.0] * 61
     numbers[3], numbers[59] = 0.25, 0.5
-    factors = BlockWeights.read(numbers).resolve(table, names, "FLUX.1")
-    assert factors == {names[0]: 0.25, names[-1]: 0.5}
+    assert resolve(numbers, "flux1-dev", names)[0] == {names[0]: 0.25, names[-1]: 0.5}
 
 
 def test_the_numbers_of_a_transformer_are_of_its_blocks_and_leave_text_encoders_alone():
-    shapes = load_layout("qwen-image").shapes
     encoder = "text_encoder.layers.0.self_attn.q_proj"
-    table = DepthTable((*shapes, encoder), known_families()["qwen-image"])
-    assert [len(places) for places in table.notations] == [60]
     names = [encoder, "transformer_blocks.59.attn.to_q", "transformer_blocks.0.attn.to_q"]
-    factors = BlockWeights.read([1.0] * 59 + [0.5]).resolve(table, names, "Qwen-Image")
+    factors, table = resolve([1.0] * 59 + [0.5], "qwen-image", names, encoder)
+    assert [len(places) for places in table.notations] == [60]
     assert factors == {names[1]: 0.5}
-    assert BlockWeights.read("BASE=0").resolve(table, names, "Qwen-Image") == {encoder: 0}
+    assert resolve("BASE=0", "qwen-image", names, encoder)[0] == {encoder: 0}
 
 
 @pytest.mark.parametrize(
@@ -137,22 +138,19 @@ def test_what_fits_no_blocks_is_refused_with_what_there_are(blocks, message):
 
 @pytest.mark.parametrize("layout", ["sd15", "sdxl", "bk-sdm-small", "flux1-dev", "qwen-image"])
 def test_the_blocks_that_are_told_are_taken_as_they_are_told(layout):
-    family = next(one for one in known_families().values() if layout in one.layouts)
-    table = DepthTable(tuple(load_layout(layout).shapes), family)
     with pytest.raises(InvalidOption, match="its blocks are ") as refused:
-        BlockWeights.read("nothing=1").resolve(table, table.modules, "it")
+        resolve("nothing=1", layout)
     told = str(refused.value).partition("its blocks are ")[2].split(", ")
+    factors, table = resolve(dict.fromkeys(told, 0.5), layout)
     placed = {name for name in table.modules if table.find_place(name) in table.places}
-    factors = BlockWeights.read(dict.fromkeys(told, 0.5)).resolve(table, table.modules, "it")
     assert set(factors) == placed and len(told) < 12
 
 
 @settings(deadline=None, max_examples=examples(200))
 @given(st.text(alphabet="INOUTDSM0123456789-=,.* ", max_size=30))
 def test_any_text_is_factors_or_a_refusal(text):
-    table = DepthTable(tuple(load_layout("sdxl").shapes))
     try:
-        BlockWeights.read(text).resolve(table, ["down_blocks.1.attentions.0.proj_in"], "SDXL")
+        resolve(text, "sdxl", ["down_blocks.1.attentions.0.proj_in"])
     except InvalidOption as error:
         assert "`blocks`" in str(error)
 
@@ -165,8 +163,7 @@ def test_the_notation_that_is_told_is_read_as_the_same():
 def test_a_transfer_writes_its_blocks_at_their_factors(tmp_path):
     lora, source, target = write_case(tmp_path)
     plain = prolora.transfer(lora, source, target, method="copy")
-    text = "transformer_blocks.*=1, down_blocks.1.attentions.0.transformer_blocks.1=0.5"
-    text = text.replace("transformer_blocks.*=1, ", "")
+    text = "down_blocks.1.attentions.0.transformer_blocks.1=0.5"
     done = prolora.transfer(lora, source, target, method="copy", blocks=text)
     before = dense(plain.adapter)
     assert set(dense(done.adapter)) == set(before)
@@ -181,17 +178,14 @@ def test_a_transfer_writes_its_blocks_at_their_factors(tmp_path):
 def test_a_block_of_factor_0_is_reported_as_left_out_on_purpose(tmp_path):
     lora, source, target = write_case(tmp_path)
     text = "down_blocks.1.attentions.0.transformer_blocks.1=0"
-    report = prolora.transfer(
-        lora, source, target, out=tmp_path / "out.safetensors", method="copy", blocks=text
-    ).report
+    how = {"method": "copy", "blocks": text}
+    report = prolora.transfer(lora, source, target, out=tmp_path / "out.safetensors", **how).report
     gone = [row.source for row in report.modules if row.reason == LEFT_OUT]
     assert len(gone) == 4 and all(".transformer_blocks.1." in name for name in gone)
     assert "4 modules have the factor 0 and are left out as asked" in str(report)
     written = load_file(tmp_path / "out.safetensors")
     assert not any("transformer_blocks_1_" in key for key in written)
-    planned = prolora.transfer(
-        lora, source, target, method="copy", blocks=text, dry_run=True
-    ).report
+    planned = prolora.transfer(lora, source, target, dry_run=True, **how).report
     assert [row.source for row in planned.modules if row.reason == LEFT_OUT] == gone
 
 
