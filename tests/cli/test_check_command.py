@@ -59,11 +59,8 @@ def test_json_is_a_record_or_a_list_of_them(prolora, files):
     lora, other, base = files
     code, out, _ = prolora("check", lora, base, "--json")
     record = json.loads(out)
-    assert (
-        code == 0
-        and record["base_match"]["answer"] == "fits"
-        and record["base_match"]["coverage"] == 1
-    )
+    match = record["base_match"]
+    assert (code, match["answer"], match["coverage"]) == (0, "fits", 1)
     code, out, _ = prolora("check", lora, other, base, "--json")
     assert code == 3 and [r["base_match"]["answer"] for r in json.loads(out)] == ["fits", "in part"]
 
@@ -74,11 +71,7 @@ def test_json_is_a_record_or_a_list_of_them(prolora, files):
         ("ss_sd_model_name", ("pony.safetensors", "pony-fp16"), ""),
         ("ss_sd_model_name", ("pony.ckpt", "noob"), "a.safetensors on pony"),
         ("ss_base_model_version", ("wan_2.2_14b", "wan"), "a.safetensors on Wan 2.2"),
-        (
-            "prolora.target",
-            ("noob", ""),
-            "a.safetensors was moved to noob, and b",
-        ),
+        ("prolora.target", ("noob", ""), "a.safetensors was moved to noob, and b"),
     ],
 )
 def test_loras_of_different_bases_are_named_after_the_last_line(
@@ -88,9 +81,8 @@ def test_loras_of_different_bases_are_named_after_the_last_line(
     for path, name in zip(paths, names, strict=True):
         shapes = {"up": (320, 4), "down": (4, 320)}
         key = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.lora_{}.weight"
-        save_file(
-            {key.format(x): torch.ones(size) for x, size in shapes.items()}, path, {field: name}
-        )
+        tensors = {key.format(x): torch.ones(size) for x, size in shapes.items()}
+        save_file(tensors, path, {field: name})
     last = prolora("check", *paths)[1].partition("files are as asked\n")[2]
     assert said in last and bool(said) == bool(last)
     merged = prolora("merge", *paths, "-o", tmp_path / "both.safetensors")[1]

@@ -75,9 +75,8 @@ def test_merge_tells_what_of_each_is_kept(prolora, case, out, tmp_path):
     said = " ".join(text.split())
     assert code == 0 and "lora at strength 1: all of it is in the result, and another" in said, err
     assert "lora and other do the same in" not in said  # a quarter is not twice
-    code, text, err = prolora(
-        *words, "-o", out, "--report", "-", "--method", "balanced", "--overwrite"
-    )
+    given = "--report", "-", "--method", "balanced", "--overwrite"
+    code, text, err = prolora(*words, "-o", out, *given)
     assert code == 0 and "cosine" in text, err
     report = tmp_path / "report.html"
     given = "-o", out, "--report", report, "--overwrite"
@@ -96,23 +95,22 @@ def test_merge_tells_what_of_each_is_kept(prolora, case, out, tmp_path):
     assert code == 3 and "source" in text  # no known family
     code, _, err = prolora(*words, "-o", other)
     assert code == 2 and "other.safetensors" in err
-    code, _, err = prolora("merge", lora, "-o", out)
-    assert code == 2 and "two LoRAs or more" in err
-    code, _, err = prolora("merge", lora, other, "--strengths", "1,x", "-o", out)
-    assert code == 2 and "--strengths takes numbers like 1,0.6" in err
-    code, _, err = prolora("merge", lora, other, "--strengths", "1", "-o", out)
-    assert code == 2 and "--strengths has 1, and there are 2 LoRAs" in err
-    code, _, err = prolora("merge", lora, other)
-    assert code == 2 and "-o OUT is missing" in err
+    for words, said in (
+        ((lora, "-o", out), "two LoRAs or more"),
+        ((lora, other, "--strengths", "1,x", "-o", out), "--strengths takes numbers like 1,0.6"),
+        ((lora, other, "--strengths", "1", "-o", out), "--strengths has 1, and there are 2 LoRAs"),
+        ((lora, other), "-o OUT is missing"),
+    ):
+        code, _, err = prolora("merge", *words)
+        assert code == 2 and said in err
 
 
 def test_merge_into_a_base_bakes_and_says_what_survived(prolora, case, tmp_path):
     lora, source, target = case
     words = ("merge", lora, "--into", source)
     page = tmp_path / "report.html"
-    code, text, err = prolora(
-        *words, "-o", tmp_path / "baked", "--strengths", "0.5", "--report", page
-    )
+    given = "--strengths", "0.5", "--report", page
+    code, text, err = prolora(*words, "-o", tmp_path / "baked", *given)
     assert code == 0 and "100% of the LoRA is in the weights" in text, err
     assert "What is left of each update" in page.read_text("utf-8")
     given = "--json", "--stochastic", "1", "--strengths", "0.5"

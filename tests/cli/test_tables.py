@@ -3,29 +3,9 @@
 import re
 
 import pytest
-from mini import source_weights, write_folder
 
 
-@pytest.fixture
-def wide(tmp_path):
-    """A base whose blocks stand in another order, so that they must be recognised."""
-    weights = source_weights()
-    moved = {
-        name.replace("transformer_blocks.0", "transformer_blocks.9"): weight
-        for name, weight in weights.items()
-    }
-    moved = {
-        name.replace("transformer_blocks.1", "transformer_blocks.0"): weight
-        for name, weight in moved.items()
-    }
-    moved = {
-        name.replace("transformer_blocks.9", "transformer_blocks.1"): weight
-        for name, weight in moved.items()
-    }
-    return write_folder(tmp_path / "wide", moved)
-
-
-def test_every_table_fits_80_columns(prolora, case, wide, tmp_path, monkeypatch):
+def test_every_table_fits_80_columns(prolora, case, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     lora, source, target = case
     out = tmp_path / "out.safetensors"
@@ -42,9 +22,8 @@ def test_every_table_fits_80_columns(prolora, case, wide, tmp_path, monkeypatch)
         whole = ("wrote ", "prolora ", *"✔⚠✖")  # lines that the terminal breaks
         rows = [row for row in text.splitlines() if not row.startswith(whole)]
         assert code in (0, 3) and max(map(len, rows)) <= 80, line
-        assert (
-            "…" not in text.replace(" … ", "").replace("0…", "").replace("4…8", "") or "Φ" in text
-        )
+        cut = text.replace(" … ", "").replace("0…", "").replace("4…8", "")
+        assert "…" not in cut or "Φ" in text
 
 
 def test_a_dry_run_shows_no_numbers_that_it_does_not_have(prolora, case):

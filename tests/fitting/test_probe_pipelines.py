@@ -63,12 +63,6 @@ def test_a_lora_goes_over_to_a_file_with_its_account(room, tmp_path):
     torch.testing.assert_close(before.updates[name].dense(), after.updates[name].dense())
 
 
-def test_a_dry_run_reads_names_alone(room, tmp_path, unopened):
-    result = run(room, "other", tmp_path / "out.safetensors", "--dry-run", "--json")
-    assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout)["totals"]["mapped"] == 8
-
-
 def test_what_is_written_has_the_strength_that_held_out_samples_chose(room, tmp_path):
     """A copy at 0.75, a fit from nothing at 1.25, and parts of text encoders as they are."""
     pipe = open_pipeline(room / "source").pipe

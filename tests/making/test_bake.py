@@ -15,13 +15,7 @@ from safetensors.torch import load_file, save_file
 from prolora import bake, open_base
 from prolora.architectures.families import known_families
 from prolora.architectures.layouts import load_layout
-from prolora.errors import (
-    InvalidOption,
-    NonFiniteWeights,
-    OutputError,
-    OutputExists,
-    ProLoRAError,
-)
+from prolora.errors import InvalidOption, NonFiniteWeights, OutputError, OutputExists, ProLoRAError
 from prolora.files.safetensors_file import SafetensorsFile
 
 MODULE, KEPT = (f"transformer_blocks.0.attn.to_{leaf}" for leaf in "qk")
@@ -104,9 +98,8 @@ def test_what_survives_is_what_a_float64_sum_says(tmp_path, dtype, scale, share)
     got = open_base(tmp_path / "out.safetensors").read(MODULE).float()
     assert torch.equal(got, wanted)
     change, delta = (wanted - before).double(), delta.double()
-    assert done.whole.survived == pytest.approx(
-        float((change * delta).sum() / delta.square().sum()), 1e-5
-    )
+    survived = float((change * delta).sum() / delta.square().sum())
+    assert done.whole.survived == pytest.approx(survived, 1e-5)
     error = float((change - delta).norm() / delta.norm())
     assert done.whole.error == pytest.approx(error, rel=1e-5, abs=1e-6)
     assert (done.in_words().mark == "⚠") == (done.whole.survived < 0.9)
@@ -132,16 +125,15 @@ def test_a_scaled_base_is_written_whole_in_another_type_where_all_survives(tmp_p
 def test_stochastic_rounding_keeps_in_the_mean_what_nearest_loses(tmp_path):
     lora, base, before, delta = make_case(tmp_path, torch.float8_e4m3fn, 0.005, 0.002)
     nearest = bake([lora], base, tmp_path / "nearest.safetensors")
-    seeds = [
-        bake([lora], base, tmp_path / f"{seed}.safetensors", stochastic=seed) for seed in range(30)
-    ]
+    outs = [tmp_path / f"{seed}.safetensors" for seed in range(30)]
+    seeds = [bake([lora], base, out, stochastic=seed) for seed, out in enumerate(outs)]
     again = bake([lora], base, tmp_path / "again.safetensors", stochastic=7)
     assert again.whole.survived == seeds[7].whole.survived
     assert nearest.whole.survived < 0.5 and "stochastic" in str(nearest)
     mean = sum(done.whole.survived for done in seeds) / len(seeds)
     spread = torch.tensor([done.whole.survived for done in seeds]).std() / len(seeds) ** 0.5
     assert abs(mean - 1) < 4 * spread
-    read = [open_base(tmp_path / f"{seed}.safetensors").read(MODULE).float() for seed in range(30)]
+    read = [open_base(out).read(MODULE).float() for out in outs]
     one_step = (torch.stack(read) - before - delta).abs().amax(0)
     assert (one_step <= before.abs().clamp_min(0.002 * 2**-6) * 0.26 + delta.abs()).all()
 
@@ -238,11 +230,8 @@ def test_a_link_that_leads_out_of_a_model_is_not_followed_into_the_copy(tmp_path
     (base / "unet" / PLAIN).symlink_to(tmp_path / "elsewhere.safetensors")
     (tmp_path / "case").mkdir()
     bake([mini.write_case(tmp_path / "case")[0]], base, tmp_path / "baked")
-    assert list_files(tmp_path / "baked") == {
-        "model_index.json",
-        "unet/config.json",
-        f"unet/{PLAIN}",
-    }
+    wanted = {"model_index.json", "unet/config.json", f"unet/{PLAIN}"}
+    assert list_files(tmp_path / "baked") == wanted
 
 
 def test_what_cannot_be_baked_is_refused_before_anything_is_written(tmp_path):

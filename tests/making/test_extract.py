@@ -46,9 +46,8 @@ def distance(got, wanted):
 @given(seed=st.integers(0, 99), rank=st.integers(1, 8), format=st.sampled_from(FORMATS))
 def test_a_merged_lora_comes_out_at_its_rank(seed, rank, format):
     base, lora = make_base(seed), adapter_of(SHAPES, rank=rank)
-    done = prolora.extract(
-        base, merge(base, lora.updates), out_rank=rank, dtype="float32", format=format
-    )
+    how = {"out_rank": rank, "dtype": "float32", "format": format}
+    done = prolora.extract(base, merge(base, lora.updates), **how)
     assert list(done.adapter.updates) == list(SHAPES)
     config = done.peft_config() if format == "peft" else None
     back = prolora.convert(done.state_dict(format), base).adapter
@@ -125,9 +124,8 @@ def test_biases_and_norms_are_differences_where_the_format_holds_them():
     assert set(done.adapter.vectors) == {bias, f"{NORM}.weight"}
     assert torch.allclose(done.adapter.vectors[f"{NORM}.weight"], torch.full((8,), 0.5))
     keys = done.state_dict("kohya")
-    assert any(k.endswith("proj_in.diff_b") for k in keys) and any(
-        k.endswith("w_norm") for k in keys
-    )
+    for ending in ("proj_in.diff_b", "w_norm"):
+        assert any(key.endswith(ending) for key in keys)
     done = prolora.extract(base, tuned, out_rank=2, format="diffusers")
     assert set(done.adapter.vectors) == {bias}
     reason = done.report.left_out[f"{NORM}.weight"]
@@ -147,10 +145,8 @@ def test_comfyuis_formula_on_the_file_makes_the_tuned_base(tmp_path):
     out = tmp_path / "x.safetensors"
     prolora.extract(base, tuned, out=out, out_rank=4, dtype="float32", format="kohya")
     file = load_file(out)
-    names = {f"lora_unet_{n.replace('.', '_')}": n for n in (*SHAPES, NORM)}
-    names |= {
-        f"lora_unet_{ldm.replace('.', '_')}": n for n in (*SHAPES, NORM) if (ldm := name_in_ldm(n))
-    }
+    spelt = [(x, n) for n in (*SHAPES, NORM) for x in (n, name_in_ldm(n)) if x]
+    names = {f"lora_unet_{x.replace('.', '_')}": n for x, n in spelt}
     merged = copy.deepcopy(base)
     for key, tensor in file.items():
         module, _, role = key.partition(".")

@@ -2,14 +2,13 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lora_files import read_header, read_lora
-from mini import BLOCK, MODULES, lora_tensors, shapes, source_weights, write_case
+from mini import BLOCK, MODULES, shapes, source_weights, write_case
 from property_examples import examples
 from safetensors.torch import load_file, save_file
 
@@ -38,6 +37,14 @@ def add(dense, strengths):
         for name, delta in some.items():
             total[name] = total.get(name, 0) + strength * delta
     return total
+
+
+def write(folder, loras, names="ab"):
+    """Files of several LoRAs."""
+    paths = [folder / f"{name}.safetensors" for name in names]
+    for path, tensors in zip(paths, loras, strict=True):
+        save_file(tensors, path)
+    return paths
 
 
 def error(adapter, wanted):
@@ -82,9 +89,7 @@ def test_modules_that_one_lora_has_are_kept():
 @pytest.mark.parametrize("out_rank", [1, 0.6, "50%"])
 def test_what_a_cut_keeps_of_each_lora_is_told_as_dense_matrices_have_it(out_rank, tmp_path):
     made = [make_lora(3, 0), make_lora(2, 5)]
-    paths = [tmp_path / f"{name}.safetensors" for name in ("strong", "weak")]
-    for path, (tensors, _) in zip(paths, made, strict=True):
-        save_file(tensors, path)
+    paths = write(tmp_path, [lora for lora, _ in made], ("strong", "weak"))
     out = tmp_path / "out.safetensors"
     report = prolora.merge(paths, out=out, strengths=(1, 0.1), out_rank=out_rank).report
     written, total = read_lora(out), add([d for _, d in made], (1, 0.1))
@@ -177,10 +182,7 @@ def test_convolutions_text_encoders_and_other_kinds_are_summed_too(tmp_path):
     dense[0]["q_proj"] = up.double() @ down.double()
     a, b, c, d = (x.double() for x in hada)
     dense[1]["q_proj"] = (a @ b) * (c @ d)
-    paths = [tmp_path / f"{name}.safetensors" for name in "ab"]
-    for path, tensors in zip(paths, loras, strict=True):
-        save_file(tensors, path)
-    out = tmp_path / "out.safetensors"
+    paths, out = write(tmp_path, loras), tmp_path / "out.safetensors"
     prolora.merge(paths, out=out, strengths=(1, -0.5), dtype="float32")
     back = read_lora(out)
     wanted = add(dense, (1, -0.5))
@@ -229,15 +231,13 @@ def test_the_family_is_one_that_all_modules_can_be_of():
 
 
 def test_loras_in_eight_bits_are_merged_in_sixteen(tmp_path):
-    made = [make_lora(2, 0)[0], make_lora(2, 1)[0]]
-    small = {k: v.to(torch.float8_e4m3fn) if "alpha" not in k else v for k, v in made[0].items()}
-    save_file(small, tmp_path / "small.safetensors")
-    out = tmp_path / "out.safetensors"
-    half = {k: v.to(torch.bfloat16) for k, v in made[1].items()}
-    save_file(half, tmp_path / "half.safetensors")
-    prolora.merge([tmp_path / "small.safetensors", tmp_path / "half.safetensors"], out=out)
+    small, half = make_lora(2, 0)[0], make_lora(2, 1)[0]
+    small = {k: v.to(torch.float8_e4m3fn) if "alpha" not in k else v for k, v in small.items()}
+    half = {k: v.to(torch.bfloat16) for k, v in half.items()}
+    paths, out = write(tmp_path, [small, half]), tmp_path / "out.safetensors"
+    prolora.merge(paths, out=out)
     assert {v.dtype for v in load_file(out).values()} == {torch.float32}  # holds both
-    prolora.merge([tmp_path / "small.safetensors"] * 2, out=out, overwrite=True)
+    prolora.merge(paths[:1] * 2, out=out, overwrite=True)
     assert {v.dtype for v in load_file(out).values()} == {torch.float16}
 
 
@@ -314,25 +314,21 @@ def test_loras_of_the_two_experts_of_one_model_are_refused(names, tmp_path):
 
 
 def test_high_and_low_in_names_mean_nothing_for_a_model_without_experts(tmp_path):
-    paths = [tmp_path / "detail_high.safetensors", tmp_path / "detail_low.safetensors"]
-    for i, path in enumerate(paths):
-        save_file(make_lora(1, i)[0], path)
+    loras = [make_lora(1, i)[0] for i in range(2)]
+    paths = write(tmp_path, loras, ("detail_high", "detail_low"))
     assert len(prolora.merge(paths).report.parts) == 2
 
 
 def test_each_lora_has_factors_of_its_own_by_block(tmp_path):
     made = [make_lora(2, 0), make_lora(3, 1)]
-    paths = [tmp_path / f"{name}.safetensors" for name in "ab"]
-    for path, (tensors, _) in zip(paths, made, strict=True):
-        save_file(tensors, path)
+    paths = write(tmp_path, [lora for lora, _ in made])
     stack = BLOCK.rpartition(".{}.{}")[0]
     blocks = [{f"{stack}.0": 0, f"{stack}.1": 0.5}, None]
     out = tmp_path / "out.safetensors"
     text = f"{stack}.0=0, {stack}.1=0.5;"
     for asked in (blocks, text):
-        report = prolora.merge(
-            paths, out=out, blocks=asked, strengths=(2, 1), overwrite=True
-        ).report
+        how = {"out": out, "overwrite": True, "strengths": (2, 1)}
+        report = prolora.merge(paths, blocks=asked, **how).report
         factors = {0: 0.0, 1: 0.5, 2: 1.0}
         first = {n: factors[int(n.split(".")[5])] * x for n, x in made[0][1].items()}
         assert error(read_lora(out), add([first, made[1][1]], (2, 1))) < 1e-6
@@ -529,24 +525,3 @@ def test_loras_of_two_models_are_refused_behind_one_that_is_for_either():
         assert len(prolora.merge(pair).adapter.updates) == 2
     with pytest.raises(errors.WrongBase, match=r"LoRA 3 is for .*FLUX.*LoRA 2 is for Qwen-Image"):
         prolora.merge([either, one, other])
-
-
-def test_a_folder_is_no_place_for_a_file(tmp_path):
-    lora, *_ = write_case(tmp_path)
-    (tmp_path / "out").mkdir()
-    with pytest.raises(errors.OutputError, match="is a folder; name the file"):
-        prolora.merge([lora, lora], out=tmp_path / "out")
-
-
-def test_a_call_that_progress_ends_writes_nothing(tmp_path):
-    paths = [tmp_path / f"{name}.safetensors" for name in "ab"]
-    for path in paths:
-        save_file(lora_tensors(), path)
-
-    def stop(*_):
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        prolora.merge(paths, out=tmp_path / "out.safetensors", progress=stop)
-    assert {path.name for path in Path(tmp_path).iterdir()} == {"a.safetensors", "b.safetensors"}
-    assert load_file(paths[0])

@@ -67,9 +67,3 @@ def test_a_folder_of_two_experts_is_no_target_of_one_file(tmp_path, target):
     source = write_file(tmp_path / "wan21.safetensors", expert(1))
     with pytest.raises(prolora.errors.UnsupportedFormat, match="has two experts"):
         prolora.transfer(lora, source, target, out=tmp_path / "out.safetensors")
-
-
-def test_inspection_names_the_experts(target):
-    found = prolora.check(target)
-    assert (found.kind, found.experts) == ("base", ("transformer", "transformer_2"))
-    assert found.to_dict()["experts"] == ("transformer", "transformer_2")
