@@ -24,11 +24,11 @@ SPELLED = [
 
 @cache
 def make_updates(layout):
-    """Updates of the first two blocks of every list, and of what is outside them."""
+    """Updates of the first block of every list, and of what is outside them."""
     generator, updates = torch.Generator().manual_seed(0), {}
     for name, shape in load_layout(layout).shapes.items():
         numbers = [int(number) for number in re.findall(r"\.(\d+)\.", name)]
-        if len(shape) == 2 and not (numbers and numbers[0] > 1):
+        if len(shape) == 2 and not (numbers and numbers[0] > 0):
             up = 0.1 * torch.randn(shape[0], 1, generator=generator)
             updates[name] = LowRank(up, 0.1 * torch.randn(1, shape[1], generator=generator))
     return updates

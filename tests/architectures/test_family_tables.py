@@ -1,22 +1,11 @@
-"""The data of every family: consistent in itself, and what diffusers' own converters read."""
+"""The data of every family: consistent in itself, and what ComfyUI has."""
 
 import re
 import tracemalloc
 
 import pytest
-import torch
-from diagonal import mark_size
-from family_oracles import (
-    COLUMNS,
-    ORACLES,
-    Checkpoint,
-    list_held,
-    list_weights,
-    make_rows,
-    read_comfyui_names,
-    store_as_authors,
-)
-from published_models import PUBLISHED
+from family_files import collect_weights
+from family_oracles import read_comfyui_names
 
 from prolora.architectures.families import known_families
 from prolora.architectures.family import Family, Fused, list_parts
@@ -24,23 +13,8 @@ from prolora.architectures.identify import identify_base
 from prolora.architectures.layouts import load_layout
 from prolora.architectures.modules import BARE
 
-_BLOCK = re.compile(r"\.\d+\.")
 FAMILIES = known_families()
 EACH = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
-
-
-def each_size(kind: str) -> pytest.MarkDecorator:
-    """Every published size of the families of which diffusers reads this kind of file."""
-    return pytest.mark.parametrize(
-        "family, layout",
-        [
-            pytest.param(family, layout, id=layout, marks=mark_size(layout))
-            for id_, family in FAMILIES.items()
-            if id_ in ORACLES and getattr(ORACLES[id_], kind)
-            for layout in family.layouts
-            if layout in PUBLISHED
-        ],
-    )
 
 
 def modules_of(family: Family) -> list[str]:
@@ -100,96 +74,6 @@ def test_no_two_families_have_one_claim() -> None:
     assert all(claim == claim.lower() for claim in claims)
 
 
-@each_size("checkpoint")
-def test_the_authors_checkpoint_is_what_diffusers_reads(family: Family, layout: str) -> None:
-    """All weights and biases, bit by bit: the rows of fused matrices, the order of halves."""
-    convert = find_converter("single_file_utils", family, "checkpoint")
-    model = make_model(family, layout)
-    weights = list_weights(model)
-    shapes = {module: shape for module, (_, shape) in weights.items()}
-    rows = make_rows(shapes)
-    stored, expected = Checkpoint(), {}
-    biases = {name for name, _ in model.named_parameters() if name.endswith(".bias")}
-    for name, weight in list_held(family, shapes).items():
-        matrix = store_as_authors(weight, rows, shapes)
-        first = weight.parts[0]
-        stored[name + weights[first][0]] = matrix
-        expected |= {part + weights[part][0]: rows[part] for part in weight.parts}
-        if f"{first}.bias" in biases:
-            stored[f"{name}.bias"] = matrix[:, 0]
-            expected |= {f"{part}.bias": rows[part][:, 0] for part in weight.parts}
-    converted = convert(checkpoint=stored, config=dict(model.config))
-    assert set(expected) <= set(converted)
-    wrong = [key for key, rows in expected.items() if not torch.equal(converted[key], rows)]
-    assert not wrong
-
-
-@each_size("lora")
-def test_a_lora_in_the_authors_names_is_what_diffusers_reads(family: Family, layout: str) -> None:
-    """Both factors of every module, bit by bit."""
-    convert = find_converter("lora_conversion_utils", family, "lora")
-    left_out = ORACLES[family.id].not_in_lora
-    held = list_lora_weights(family, layout, lambda weight: weight.name not in left_out)
-    stored, expected = {}, {}
-    for name, (down, up, parts) in held.items():
-        stored[f"diffusion_model.{name}.lora_A.weight"] = down
-        stored[f"diffusion_model.{name}.lora_B.weight"] = up
-        expected |= parts
-    assert_equal(convert(dict(stored)), expected)
-
-
-@each_size("kohya")
-def test_a_lora_in_kohyas_spelling_is_what_diffusers_reads(family: Family, layout: str) -> None:
-    """The blocks, with the alpha that kohya's files have."""
-    convert = find_converter("lora_conversion_utils", family, "kohya")
-    held = list_lora_weights(family, layout, lambda weight: bool(_BLOCK.search(weight.name)))
-    stored, expected = {}, {}
-    for name, (down, up, parts) in held.items():
-        path = "lora_unet_" + name.replace(".", "_")
-        stored[f"{path}.lora_down.weight"] = down
-        stored[f"{path}.lora_up.weight"] = up
-        stored[f"{path}.alpha"] = torch.tensor(float(len(down)))
-        expected |= parts
-    assert_equal(convert(dict(stored)), expected)
-
-
-def list_lora_weights(family, layout, keep):
-    """The authors' name -> down, up, and what diffusers calls and makes of both."""
-    weights = list_weights(make_model(family, layout))
-    shapes = {module: shape for module, (suffix, shape) in weights.items() if suffix}
-    rows = make_rows(shapes)
-    held = {}
-    for number, (name, weight) in enumerate(list_held(family, shapes).items()):
-        if keep(weight):
-            down = torch.full((COLUMNS, 3), float(number))
-            parts = {f"transformer.{part}.lora_A.weight": down for part in weight.parts}
-            parts |= {f"transformer.{part}.lora_B.weight": rows[part] for part in weight.parts}
-            held[name] = down, store_as_authors(weight, rows, shapes), parts
-    assert held
-    return held
-
-
-def assert_equal(got, expected):
-    assert set(got) == set(expected)
-    assert not [key for key, rows in expected.items() if not torch.equal(got[key], rows)]
-
-
-def find_converter(module, family, kind):
-    """The function of diffusers that reads this kind of file of a family."""
-    utils = pytest.importorskip(f"diffusers.loaders.{module}")
-    name = getattr(ORACLES[family.id], kind)
-    if not hasattr(utils, name):
-        pytest.skip(f"this diffusers has no {name}")
-    return getattr(utils, name)
-
-
-def make_model(family, layout):
-    """The class of a published size, without weights and with few blocks."""
-    from make_layouts import build_model
-
-    return build_model(PUBLISHED[layout], **ORACLES[family.id].changes)
-
-
 @pytest.mark.parametrize("layout", read_comfyui_names())
 def test_comfyui_has_the_same_matrices_and_cuts_them_at_the_same_rows(layout: str) -> None:
     """All of its model's matrices, and the rows that its key map gives to diffusers' names."""
@@ -197,7 +81,7 @@ def test_comfyui_has_the_same_matrices_and_cuts_them_at_the_same_rows(layout: st
     theirs = read_comfyui_names()[layout]
     shapes = load_layout(layout).shapes
     ours, parts, parameters = {}, {}, set()
-    for name, weight in list_held(family, shapes).items():
+    for name, weight in collect_weights(family, shapes).items():
         if BARE.search(weight.parts[0]):
             parameters.add(name)  # some are flat in ComfyUI
             continue

@@ -68,70 +68,44 @@ ENCODE_TEXT_THEMSELVES = ("hidream-o1",)
 # Layouts that another one shares all its blocks with.
 FLUX_TWINS = ("flux1-dev", "flux1-schnell", "flux1-fill", "chroma", "chroma-radiance")
 TWINS = (*FLUX_TWINS, "pixart-alpha", "pixart-sigma", "llada-image")
-# (source, target): over all attention of the target, (mapped, of the same shape).
+# What a target has of a source's attention: (modules, those of the same shape) -> pairs of both.
+MAPPED = {
+    (88, 66): "sd15 sdxl, sdxl sd15",
+    (128, 96): "sd15 sd21",
+    (72, 72): "sd15 bk-sdm-small, sd15 bk-sdm-tiny",
+    (80, 80): "sd15 bk-sdm-base",
+    (120, 120): "sdxl segmind-vega, ssd-1b segmind-vega",
+    (272, 272): "sdxl ssd-1b",
+    (240, 240): "sdxl koala-1b, wan-t2v-1.3b wan2.1-vace-1.3b",
+    (191, 191): "sd3-medium sd3.5-medium",
+    (440, 440): "hunyuan-video-1.5 hunyuan-video-1.5-step-distilled",
+    (400, 400): "wan2.1-i2v-14b wan2.1-flf2v-14b",
+    (160, 160): "sana-1.6b sana-sprint-1.6b",
+    (172, 172): "flux3-klein flux3-klein-distilled",
+    (0, 0): "kandinsky5-image-lite kandinsky5-image-lite-edit",
+    (1152, 1152): "ltx2 ltx2.3, ltx2 ltx2.5, ltx2.3 ltx2.5",
+    (266, 266): "flux1-dev flux1-schnell, flux1-dev flux1-fill, flux1-schnell flux1-fill, "
+    "flux1-dev chroma, flux1-schnell chroma, flux1-fill chroma, chroma chroma-radiance",
+    (168, 168): "sdxl koala-700m, koala-1b koala-700m, cogvideox-5b cogvideox-5b-i2v, "
+    "cogvideox-5b cogvideox1.5-5b, cogvideox-5b cogvideox1.5-5b-i2v, "
+    "cogvideox-5b-i2v cogvideox1.5-5b, cogvideox-5b-i2v cogvideox1.5-5b-i2v, "
+    "cogvideox1.5-5b cogvideox1.5-5b-i2v",
+    (320, 320): "wan-t2v-14b wan2.1-vace-14b, wan2.2-i2v-14b wan2.1-vace-14b, "
+    "wan2.1-i2v-14b wan2.1-vace-14b, wan2.1-flf2v-14b wan2.1-vace-14b, "
+    "wan-t2v-14b wan2.2-i2v-14b, wan-t2v-14b wan2.1-i2v-14b, wan-t2v-14b wan2.1-flf2v-14b, "
+    "wan2.2-i2v-14b wan2.1-i2v-14b, wan2.2-i2v-14b wan2.1-flf2v-14b, anima-2.9b anima-3.8b",
+    (288, 288): "cosmos-predict2-14b cosmos-predict2-14b-video, "
+    "cosmos-predict2-14b cosmos-predict2.5-14b, cosmos-predict2-14b-video cosmos-predict2.5-14b, "
+    "hunyuan-video hunyuan-video-i2v-33, hunyuan-video framepack, "
+    "hunyuan-video-i2v-33 framepack, hunyuan-image hunyuan-image-distilled",
+    (224, 224): "pixart-alpha pixart-sigma, sana-0.6b sana-sprint-0.6b, "
+    "cosmos-predict2-2b anima, cosmos-predict2-2b cosmos-predict2-2b-video, "
+    "cosmos-predict2-2b cosmos-predict2.5-2b, cosmos-predict2-2b-video cosmos-predict2.5-2b, "
+    "anima anima-2.9b, anima anima-3.8b, cosmos-predict2-2b anima-2.9b, "
+    "cosmos-predict2-2b anima-3.8b",
+}
 PAIRS = {
-    ("sdxl", "ssd-1b"): (272, 272),
-    ("sdxl", "segmind-vega"): (120, 120),
-    ("ssd-1b", "segmind-vega"): (120, 120),
-    ("sd15", "sd21"): (128, 96),
-    ("sd15", "bk-sdm-base"): (80, 80),
-    ("sd15", "bk-sdm-small"): (72, 72),
-    ("sd15", "bk-sdm-tiny"): (72, 72),
-    ("sd15", "sdxl"): (88, 66),
-    ("sdxl", "sd15"): (88, 66),
-    ("sdxl", "koala-1b"): (240, 240),
-    ("sdxl", "koala-700m"): (168, 168),
-    ("koala-1b", "koala-700m"): (168, 168),
-    ("flux1-dev", "flux1-schnell"): (266, 266),
-    ("flux1-dev", "flux1-fill"): (266, 266),
-    ("flux1-schnell", "flux1-fill"): (266, 266),
-    ("flux1-dev", "chroma"): (266, 266),
-    ("flux1-schnell", "chroma"): (266, 266),
-    ("flux1-fill", "chroma"): (266, 266),
-    ("chroma", "chroma-radiance"): (266, 266),
-    ("sd3-medium", "sd3.5-medium"): (191, 191),
-    ("pixart-alpha", "pixart-sigma"): (224, 224),
-    ("wan-t2v-14b", "wan2.1-vace-14b"): (320, 320),
-    ("wan-t2v-1.3b", "wan2.1-vace-1.3b"): (240, 240),
-    ("wan2.2-i2v-14b", "wan2.1-vace-14b"): (320, 320),
-    ("wan2.1-i2v-14b", "wan2.1-vace-14b"): (320, 320),
-    ("wan2.1-flf2v-14b", "wan2.1-vace-14b"): (320, 320),
-    ("wan-t2v-14b", "wan2.2-i2v-14b"): (320, 320),
-    ("wan-t2v-14b", "wan2.1-i2v-14b"): (320, 320),
-    ("wan-t2v-14b", "wan2.1-flf2v-14b"): (320, 320),
-    ("wan2.2-i2v-14b", "wan2.1-i2v-14b"): (320, 320),
-    ("wan2.2-i2v-14b", "wan2.1-flf2v-14b"): (320, 320),
-    ("wan2.1-i2v-14b", "wan2.1-flf2v-14b"): (400, 400),
-    ("cosmos-predict2-2b", "anima"): (224, 224),
-    ("cosmos-predict2-2b", "cosmos-predict2-2b-video"): (224, 224),
-    ("cosmos-predict2-2b", "cosmos-predict2.5-2b"): (224, 224),
-    ("cosmos-predict2-2b-video", "cosmos-predict2.5-2b"): (224, 224),
-    ("cosmos-predict2-14b", "cosmos-predict2-14b-video"): (288, 288),
-    ("cosmos-predict2-14b", "cosmos-predict2.5-14b"): (288, 288),
-    ("cosmos-predict2-14b-video", "cosmos-predict2.5-14b"): (288, 288),
-    ("hunyuan-video", "hunyuan-video-i2v-33"): (288, 288),
-    ("hunyuan-video", "framepack"): (288, 288),
-    ("hunyuan-video-i2v-33", "framepack"): (288, 288),
-    ("hunyuan-video-1.5", "hunyuan-video-1.5-step-distilled"): (440, 440),
-    ("hunyuan-image", "hunyuan-image-distilled"): (288, 288),
-    ("ltx2", "ltx2.3"): (1152, 1152),
-    ("ltx2", "ltx2.5"): (1152, 1152),
-    ("ltx2.3", "ltx2.5"): (1152, 1152),
-    ("kandinsky5-image-lite", "kandinsky5-image-lite-edit"): (0, 0),
-    ("sana-1.6b", "sana-sprint-1.6b"): (160, 160),
-    ("sana-0.6b", "sana-sprint-0.6b"): (224, 224),
-    ("cogvideox-5b", "cogvideox-5b-i2v"): (168, 168),
-    ("cogvideox-5b", "cogvideox1.5-5b"): (168, 168),
-    ("cogvideox-5b", "cogvideox1.5-5b-i2v"): (168, 168),
-    ("cogvideox-5b-i2v", "cogvideox1.5-5b"): (168, 168),
-    ("cogvideox-5b-i2v", "cogvideox1.5-5b-i2v"): (168, 168),
-    ("cogvideox1.5-5b", "cogvideox1.5-5b-i2v"): (168, 168),
-    ("flux3-klein", "flux3-klein-distilled"): (172, 172),
-    ("anima", "anima-2.9b"): (224, 224),
-    ("anima-2.9b", "anima-3.8b"): (320, 320),
-    ("anima", "anima-3.8b"): (224, 224),
-    ("cosmos-predict2-2b", "anima-2.9b"): (224, 224),
-    ("cosmos-predict2-2b", "anima-3.8b"): (224, 224),
+    tuple(pair.split()): count for count, pairs in MAPPED.items() for pair in pairs.split(", ")
 }
 
 
@@ -149,64 +123,53 @@ def test_every_layout_has_the_published_number_of_attention_modules() -> None:
     assert {id_: len(layouts.load_layout(id_).adapted) for id_ in IN_BLOCKS} == IN_BLOCKS
 
 
-def test_an_unknown_layout_is_a_key_error_that_lists_the_known() -> None:
-    """Also for the table beside them, which is none."""
-    for id_ in ("sd9", "correspondence", "../layouts/sdxl"):
-        with pytest.raises(KeyError, match=r"known are .*bk-sdm-base"):
-            layouts.load_layout(id_)
+@pytest.mark.parametrize("id_", ["sd9", "correspondence", "../layouts/sdxl"])
+def test_an_unknown_layout_is_a_key_error_that_lists_the_known(id_):
+    with pytest.raises(KeyError, match=r"known are .*bk-sdm-base"):
+        layouts.load_layout(id_)
 
 
 @pytest.mark.parametrize("id_", ATTENTION | IN_BLOCKS)
-def test_a_checkpoint_is_recognised_by_its_attention_and_feed_forward(id_: str) -> None:
+def test_a_checkpoint_is_recognised_by_its_attention_and_feed_forward(id_):
     """Whole, attention alone, with foreign parameters, with other spellings of 1×1."""
     known = layouts.load_layout(id_)
     shapes = dict(known.shapes)
-    assert find_layout(shapes) == id_
     alone = None if id_ in TWINS else id_
     if id_ in ATTENTION:
         assert find_layout({n: shapes[n] for n in known.attention}) == alone
     assert find_layout({n: shapes[n] for n in known.adapted}) == alone
     conv = {n: (*s, 1, 1) if len(s) == 2 else s for n, s in shapes.items()}
     linear = {n: s[:2] if s[2:] == (1, 1) else s for n, s in shapes.items()}
-    assert find_layout(conv) == find_layout(linear) == id_
-    first = "conv_in" if "conv_in" in shapes else "pos_embed.proj"
-    inpainting = {**shapes, first: (320, 9, 3, 3), "control.zero": (5, 5)}
-    if first not in shapes:
-        del inpainting[first]
-    assert find_layout(inpainting) == id_
+    first = [name for name in ("conv_in", "pos_embed.proj") if name in shapes][:1]
+    inpainting = shapes | {"control.zero": (5, 5)} | dict.fromkeys(first, (320, 9, 3, 3))
+    for other in (shapes, conv, linear, inpainting):
+        assert find_layout(other) == id_
 
 
 @pytest.mark.parametrize("id_", ["sd15", "sdxl", "flux1-dev", "qwen-image", "z-image", "lumina2"])
-def test_a_checkpoint_that_differs_in_one_adapted_weight_is_not_recognised(id_: str) -> None:
+def test_a_checkpoint_that_differs_in_one_adapted_weight_is_not_recognised(id_):
     """Missing, additional or of another shape; half a feed-forward is an incomplete file."""
     known = layouts.load_layout(id_)
-    first, last = known.adapted[0], known.adapted[-1]
-    for name in (first, last):
-        shapes = dict(known.shapes)
-        del shapes[name]
-        assert find_layout(shapes) is None
+    for name in (known.adapted[0], known.adapted[-1]):
+        assert find_layout({n: s for n, s in known.shapes.items() if n != name}) is None
         assert find_layout({**known.shapes, name: (7, 7)}) is None
     extra = "down_blocks.1.attentions.0.transformer_blocks.99.attn1.to_q"
     text = "text_encoder.text_model.encoder.layers.0.self_attn.to_q"
     assert find_layout({**known.shapes, text: (640, 640)}) == id_
-    assert find_layout({**known.shapes, extra: (640, 640)}) is None
-    assert find_layout({}) is None
+    assert find_layout({**known.shapes, extra: (640, 640)}) is find_layout({}) is None
 
 
-@pytest.mark.parametrize(("source", "target"), PAIRS)
-def test_the_rules_map_as_many_modules_as_published(source: str, target: str) -> None:
-    """Counted again here from rules and layouts."""
-    rule = layouts.find_correspondence(source, target)
-    assert rule is not None and rule.evidence
-    ours, theirs = layouts.load_layout(source), layouts.load_layout(target)
-    mapped = {n: s for n in theirs.attention if (s := rule.source_of(n)) is not None}
-    same = sum(ours.shapes[s] == theirs.shapes[n] for n, s in mapped.items())
-    assert (len(mapped), same) == PAIRS[source, target]
-    assert set(mapped.values()) <= set(ours.attention)
-
-
-def test_all_rules_are_among_the_published_ones() -> None:
+def test_the_rules_map_as_many_modules_as_published():
+    """Counted again here from rules and layouts; there are no other rules."""
     assert set(layouts._load_rules()) == set(PAIRS)
+    for (source, target), counts in PAIRS.items():
+        rule = layouts.find_correspondence(source, target)
+        assert rule is not None and rule.evidence
+        ours, theirs = layouts.load_layout(source), layouts.load_layout(target)
+        mapped = {n: s for n in theirs.attention if (s := rule.source_of(n)) is not None}
+        same = sum(ours.shapes[s] == theirs.shapes[n] for n, s in mapped.items())
+        assert (len(mapped), same) == counts, (source, target)
+        assert set(mapped.values()) <= set(ours.attention)
 
 
 @pytest.mark.parametrize(
@@ -223,7 +186,7 @@ def test_all_rules_are_among_the_published_ones() -> None:
 )
 def test_renumbered_blocks_find_their_origin(
     source: str, target: str, module: str, origin: str | None
-) -> None:
+):
     """Equal names would be wrong in every first case."""
     rule = layouts.find_correspondence(source, target)
     assert rule is not None and rule.source_of(module) == origin
@@ -236,18 +199,15 @@ def test_renumbered_blocks_find_their_origin(
         ("anima-3.8b", {0: 0, 1: 1, 2: 4, 14: 26, 27: 51}, range(3, 48, 4)),
     ],
 )
-def test_inserted_blocks_have_no_origin(
-    target: str, numbers: dict[int, int], inserted: range
-) -> None:
+def test_inserted_blocks_have_no_origin(target, numbers, inserted):
     """Every block of Anima is still there, in its order, under another number."""
     rule = layouts.find_correspondence("anima", target)
     assert rule is not None
     names = [n for n in layouts.load_layout(target).shapes if n.endswith(".attn1.to_q")]
     origins = [rule.source_of(name) for name in names]
-    kept = [origin for origin in origins if origin is not None]
-    assert kept == [f"transformer_blocks.{number}.attn1.to_q" for number in range(28)]
-    for old, new in numbers.items():
-        assert origins[new] == f"transformer_blocks.{old}.attn1.to_q"
+    old_names = [f"transformer_blocks.{number}.attn1.to_q" for number in range(28)]
+    assert [origin for origin in origins if origin is not None] == old_names
+    assert all(origins[new] == old_names[old] for old, new in numbers.items())
     assert all(origins[number] is None for number in inserted)
     adapter = "llm_adapter.blocks.3.self_attn.q_proj"
     assert rule.source_of(adapter) == adapter

@@ -37,25 +37,17 @@ def test_a_list_of_blocks_is_known_by_its_form_and_not_by_its_name(place, attent
     assert (is_attention(module), is_adaptable(module)) == (attention, adapted)
 
 
-@pytest.mark.parametrize(
-    "module",
-    [
-        "img_emb.proj.1",
-        "t_embedder.mlp.0",
-        "caption_projection.3.linear",
-        "condition_embedder.image_embedder.ff.net.0.proj",
-        "all_final_layer.2-1.linear",
-        "distilled_guidance_layer.layers.0.linear_1",
-        "0.weight",
-        "a..b",
-        "",
-        "text_encoder.text_model.encoder.layers.0.self_attn.q_proj",
-        "down_blocks.0.resnets.1.conv1",
-        "mid_block.attentions.0.proj_in",
-    ],
-)
-def test_a_single_layer_with_a_number_is_no_block_and_unets_have_only_transformer_blocks(module):
-    assert find_block(module) is None
+SINGLE = """
+img_emb.proj.1 t_embedder.mlp.0 caption_projection.3.linear 0.weight a..b
+condition_embedder.image_embedder.ff.net.0.proj all_final_layer.2-1.linear
+distilled_guidance_layer.layers.0.linear_1 down_blocks.0.resnets.1.conv1
+text_encoder.text_model.encoder.layers.0.self_attn.q_proj mid_block.attentions.0.proj_in
+"""
+
+
+def test_a_single_layer_with_a_number_is_no_block_and_unets_have_only_transformer_blocks():
+    for module in ("", *SINGLE.split()):
+        assert find_block(module) is None, module
 
 
 @pytest.mark.parametrize("id_", layouts.known_layouts())

@@ -5,13 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from diagonal import pair_up
-from lora_files import save
+from lora_files import pair, save
 
-from prolora import check, open_base, transfer
+from prolora import Lora, check, open_base, transfer
 from prolora.architectures.modules import find_component, is_adaptable, is_attention
-from prolora.bases.describe import classify_model, describe_base
+from prolora.bases.describe import describe_base
 from prolora.errors import UnsupportedFormat
-from prolora.files.safetensors_file import SafetensorsFile
 
 
 def resblock(place, inputs, outputs):
@@ -104,34 +103,28 @@ def matrices(shapes):
 )
 def test_every_matrix_of_an_adm_network_is_read_under_its_own_name(network, prefix, tmp_path):
     shapes = lay_out(**NETWORKS[network])
-    path = save(tmp_path / "base.safetensors", fill(shapes, prefix))
-    base = open_base(path)
-    assert base.shapes == matrices(shapes)
-    assert classify_model(base) == "UNet" and base.family is None
+    base = open_base(save(tmp_path / "base.safetensors", fill(shapes, prefix)))
+    assert base.shapes == matrices(shapes) and base.family is None
     attends = sum(name.endswith(".qkv") for name in shapes)
-    assert f"{attends or 'no'} attention layers" in describe_base(base)
-    assert f"{sum(n.endswith('in_layers.2') for n in shapes)} ResBlocks" in describe_base(base)
+    words = describe_base(base)
+    assert words.startswith("a UNet") and f"{attends or 'no'} attention layers" in words
+    assert f"{sum(n.endswith('in_layers.2') for n in shapes)} ResBlocks" in words
     assert all(map(is_adaptable, base.shapes))
-    assert {n for n in base.shapes if is_attention(n)} == {
-        n for n in base.shapes if n.endswith((".qkv", ".proj_out"))
-    }
+    attention = {n for n in base.shapes if n.endswith((".qkv", ".proj_out"))}
+    assert {n for n in base.shapes if is_attention(n)} == attention
     assert set(map(find_component, base.shapes)) == {"unet"}
 
 
 def write_lora(path, shapes, spelling, rank=2):
     """A LoRA on these modules, in PEFT's spelling or as kohya spells modules."""
     tensors = {}
-    for name, shape in shapes.items():
-        down = torch.randn(rank, *shape[1:])
-        up = torch.randn(shape[0], rank, *(1 for _ in shape[2:]))
+    for seed, (name, shape) in enumerate(shapes.items()):
         if spelling == "kohya":
             start = "lora_unet_" + name.replace(".", "_")
-            tensors[f"{start}.lora_down.weight"] = down
-            tensors[f"{start}.lora_up.weight"] = up
-            tensors[f"{start}.alpha"] = torch.tensor(float(rank))
+            tensors |= pair(start, shape, rank, seed) | {f"{start}.alpha": torch.tensor(2.0)}
         else:
             start = f"base_model.model.{'model.' * (spelling == 'wrapped')}{name}"
-            tensors[f"{start}.lora_A.weight"], tensors[f"{start}.lora_B.weight"] = down, up
+            tensors |= pair(start, shape, rank, seed, ends=("lora_B", "lora_A"))
     return save(path, tensors)
 
 
@@ -149,50 +142,36 @@ def test_a_lora_moves_with_every_module_and_keeps_its_spelling(network, spelling
     assert not described.reason
     if any(name.endswith(".qkv") for name in wanted):  # without a base, attention alone tells
         assert described.modules == {"unet": len(wanted)}
-    written = SafetensorsFile(out / "adapter_model.safetensors" if out.is_dir() else out).tensors
-    came = SafetensorsFile(lora).tensors
-    assert {k: v.shape for k, v in written.items()} == {k: v.shape for k, v in came.items()}
+    written, came = ({k: x.shape for k, x in Lora.open(x).tensors.items()} for x in (out, lora))
+    assert written == came
 
 
 def test_a_module_that_the_network_lacks_is_refused_by_name(tmp_path):
     shapes = lay_out()
-    lora = write_lora(
-        tmp_path / "lora.safetensors", {"input_blocks.90.1.qkv": (48, 16, 1, 1)}, "peft"
-    )
+    gone = {"input_blocks.90.1.qkv": (48, 16, 1, 1)}
+    lora = write_lora(tmp_path / "lora.safetensors", gone, "peft")
     with pytest.raises(UnsupportedFormat, match=r"input_blocks\.90\.1\.qkv"):
         transfer(lora, fill(shapes), fill(shapes, seed=1), method="copy")
 
 
 def test_the_numbers_of_sd_are_still_turned_into_diffusers_names():
     """A UNet with transformers is no ADM network, whatever else it has."""
-    base = open_base(
-        {
-            "input_blocks.1.0.in_layers.2.weight": torch.zeros(4, 4, 3, 3),
-            "input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight": torch.zeros(4, 4),
-        }
-    )
-    assert set(base.shapes) == {
-        "down_blocks.0.resnets.0.conv1",
-        "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q",
-    }
+    query = "transformer_blocks.0.attn1.to_q"
+    weights = {"input_blocks.1.0.in_layers.2.weight": torch.zeros(4, 4, 3, 3)}
+    weights |= {f"input_blocks.1.1.{query}.weight": torch.zeros(4, 4)}
+    names = {"down_blocks.0.resnets.0.conv1", f"down_blocks.0.attentions.0.{query}"}
+    assert set(open_base(weights).shapes) == names
 
 
 @pytest.mark.parametrize(
     "keys",
     [
-        ("temb.dense.0", "down.0.block.0.conv1", "mid.block_1.conv1", "conv_out"),
-        ("time_mlp.1", "downs.0.0.block1.proj", "mid_block1.block1.proj", "final_conv"),
-        (
-            "model.map_noise",
-            "model.map_layer0",
-            "model.enc.64x64_conv",
-            "model.dec.64x64_block0.conv0",
-        ),
+        "temb.dense.0 down.0.block.0.conv1 mid.block_1.conv1 conv_out",  # Ho's DDPM
+        "time_mlp.1 downs.0.0.block1.proj mid_block1.block1.proj final_conv",  # lucidrains'
+        "model.map_noise model.map_layer0 model.enc.64x64_conv model.dec.64x64_block0.conv0",  # EDM
     ],
 )
-def test_a_network_of_convolutions_that_takes_in_time_is_described(keys, tmp_path):
-    """Ho's DDPM, lucidrains' and EDM's, without attention."""
-    tensors = {f"{key}.weight": torch.randn(4, 4, 3, 3) for key in keys}
-    base = open_base(save(tmp_path / "ddpm.safetensors", tensors))
-    assert len(base.shapes) == len(keys)
+def test_a_network_of_convolutions_that_takes_in_time_is_described(keys):
+    base = open_base({f"{key}.weight": torch.randn(4, 4, 3, 3) for key in keys.split()})
+    assert len(base.shapes) == len(keys.split())
     assert "without transformer blocks" in describe_base(base)

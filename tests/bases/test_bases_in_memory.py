@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import fused_shapes
+from lora_files import pair
 
 import prolora
 from prolora.architectures.layouts import load_layout
@@ -57,6 +58,15 @@ class Counting(Mapping):
         return len(self.weights)
 
 
+def count_layout(size):
+    """A published model as such a mapping, FLUX.1 in its authors' names."""
+    shapes, start = load_layout(size).shapes, ""
+    if size.startswith("flux"):
+        shapes, start = fused_shapes(shapes, size), "model.diffusion_model."
+    one = torch.ones(1)
+    return Counting({f"{start}{name}.weight": one.expand(s) for name, s in shapes.items()})
+
+
 @pytest.mark.parametrize("method", ["auto", "prolora"])
 def test_of_sixty_weights_only_the_six_that_the_lora_changes_are_requested(case, method):
     lora, *models = case
@@ -85,25 +95,16 @@ def test_of_a_mapping_without_shapes_the_modules_of_the_lora_are_read_alone(case
 
 
 def test_the_names_of_a_mapping_tell_its_published_size_without_its_weights():
-    one = torch.ones(1)
-    sdxl, ssd = (load_layout(size).shapes for size in ("sdxl", "ssd-1b"))
     names = [f"down_blocks.2.attentions.0.transformer_blocks.{i}.attn1.to_q" for i in range(6)]
-    factors = {"lora_A": torch.ones(2, 1280), "lora_B": torch.ones(1280, 2)}
-    lora = {f"unet.{n}.{key}.weight": x for n in names for key, x in factors.items()}
-    bases = [
-        Counting({f"{name}.weight": one.expand(shape) for name, shape in shapes.items()})
-        for shapes in (sdxl, ssd)
-    ]
+    lora = {}
+    for name in names:
+        lora |= pair(f"unet.{name}", (1280, 1280), 2, ends=("lora_B", "lora_A"))
+    bases = [count_layout(size) for size in ("sdxl", "ssd-1b")]
     moved = prolora.transfer(lora, *bases, method="copy")
     assert moved.report.match.startswith("sdxl to ssd-1b") and len(moved.adapter.updates) == 4
     assert [len(set(base.requested)) for base in bases] == [6, 4]
-    flux = fused_shapes(load_layout("flux1-dev").shapes, "flux1-dev")
-    base = Counting({f"model.diffusion_model.{n}.weight": one.expand(s) for n, s in flux.items()})
-    path = "diffusion_model.double_blocks.0.img_attn.qkv"
-    lora = {
-        f"{path}.lora_A.weight": torch.ones(2, 3072),
-        f"{path}.lora_B.weight": torch.ones(9216, 2),
-    }
+    base, path = count_layout("flux1-dev"), "diffusion_model.double_blocks.0.img_attn.qkv"
+    lora = pair(path, (9216, 3072), 2, ends=("lora_B", "lora_A"))
     assert prolora.check(lora, base=base).base_match.base_title == "FLUX.1"
     assert base.requested == [f"model.{path}.weight"]
 
@@ -133,15 +134,12 @@ VERBS = {
 @pytest.mark.parametrize("kind", ["torch", "numpy"])
 @pytest.mark.parametrize("verb", VERBS)
 def test_each_verb_takes_and_returns_arrays_of_one_kind(case, verb, kind):
-    made = VERBS[verb](*(make_kind(kind, tensors) for tensors in case))
+    given = [make_kind(kind, tensors) for tensors in case]
+    made, wanted = VERBS[verb](*given), VERBS[verb](*case)
     assert {type(x) for x in made.values()} == {np.ndarray if kind == "numpy" else torch.Tensor}
-    wanted = VERBS[verb](*case)
     assert made.keys() == wanted.keys()
     assert all(np.array_equal(made[key], wanted[key]) for key in made)
-    assert (
-        prolora.check(make_kind(kind, case[0]), base=make_kind(kind, case[1])).base_match.coverage
-        == 1
-    )
+    assert prolora.check(given[0], base=given[1]).base_match.coverage == 1
 
 
 @pytest.mark.parametrize(

@@ -57,24 +57,21 @@ def test_as_gguf_and_in_float8_with_scales(family, id_, tmp_path):
     assert_complete(open_base(path), family, id_)
 
 
-@pytest.mark.parametrize("family", [f for f, _ in dict(TRANSFORMERS).items()])
+@pytest.mark.parametrize("family", dict(TRANSFORMERS))
 def test_every_row_of_the_authors_is_where_the_table_has_it(family):
     """Blocks 0 and 1 and the layers around; a value of its own in every row."""
-    id_ = dict(reversed(TRANSFORMERS))[family]
-    known = known_families()[family]
+    id_, known = dict(reversed(TRANSFORMERS))[family], known_families()[family]
 
     def is_early(name):
         return not any(f".{number}." in name for number in range(2, 100))
 
     shapes = {name: shape for name, shape in load_layout(id_).shapes.items() if is_early(name)}
     made = make_authors_file(known, id_, is_early)
-    columns = {w: shape[1:] for w, shape in list_authors_keys(known, shapes).items()}
-    stored = {
-        name_key(name): rows.float()
-        .reshape(-1, *(1 for _ in columns[name_key(name)]))
-        .expand(-1, *columns[name_key(name)])
-        for name, rows in made.stored.items()
-    }
+    sizes = list_authors_keys(known, shapes)
+    stored = {}
+    for name, rows in made.stored.items():
+        columns = sizes[name_key(name)][1:]
+        stored[name_key(name)] = rows.float().reshape(-1, *[1] * len(columns)).expand(-1, *columns)
     base = open_base(stored)
     assert base.shapes == shapes
     for name, rows in made.expected.items():
@@ -107,3 +104,17 @@ def test_blocks_with_names_of_both_kinds_are_of_another_family(tmp_path):
         shapes[f"layers.{i}.attention.qkv"] = (24, 8)
     base = open_base(sparse_file(tmp_path / "x.safetensors", list_diffusers_keys(shapes)))
     assert base.shapes == shapes and base.family is None
+
+
+def test_hidream_o1_is_known_by_its_authors_folder_and_by_comfyuis_file_with_less_in_it(tmp_path):
+    """ComfyUI's lacks what nothing runs, the authors' has a head for words."""
+    shapes = dict(load_layout("hidream-o1").shapes)
+    unused = {name for name in shapes if name.startswith("visual.deepstack_merger_list.")}
+    assert len(unused) == 6
+    whole = {f"model.{name}.weight": shape for name, shape in shapes.items()}
+    fewer = {name: shape for name, shape in shapes.items() if name not in unused}
+    comfy = {f"model.diffusion_model.{name}.weight": shape for name, shape in fewer.items()}
+    for stored, read in ((whole | {"lm_head.weight": (151936, 4096)}, shapes), (comfy, fewer)):
+        base = open_base(sparse_file(tmp_path / "x.safetensors", stored))
+        assert base.shapes == read
+        assert (base.layout, base.family) == ("hidream-o1", "hidream-o1")

@@ -41,13 +41,9 @@ def seed_file(path, number):
     keys = SEEDS[number % len(SEEDS)]
     if number < len(SEEDS):
         return sparse_file(path, keys)
-    scales = {
-        f"{k.removesuffix('.weight')}.weight_scale": ("F32", (1,))
-        for k, s in keys.items()
-        if k.endswith(".weight")
-    }
-    layers = {k.removesuffix(".weight"): {"format": "float8_e4m3fn"} for k in keys}
-    note = json.dumps({"layers": {k: v for k, v in layers.items() if f"{k}.weight" in keys}})
+    names = [key.removesuffix(".weight") for key in keys if key.endswith(".weight")]
+    scales = {f"{name}.weight_scale": ("F32", (1,)) for name in names}
+    note = json.dumps({"layers": {name: {"format": "float8_e4m3fn"} for name in names}})
     return sparse_file(
         path, keys, "F8_E4M3", other=scales, metadata={"_quantization_metadata": note}
     )
@@ -106,40 +102,6 @@ def test_an_index_of_absurd_size_is_not_parsed(tmp_path):
         open_base(tmp_path)
 
 
-def raw(path, header, size=0):
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + size)
-    return path
-
-
-def entry(shape, start, stop, dtype="F16"):
-    return {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
-
-
-@pytest.mark.parametrize(
-    ("header", "message"),
-    [
-        ({f"{Q}.weight": entry([4, 4], 0, 32), "b": entry([4, 4], 16, 48)}, "overlaps"),
-        ({f"{Q}.weight": entry([2**40, 2**40], 0, 32)}, "impossible shape"),
-        ({f"{Q}.weight": entry([2**23, 2**24], 0, 2**48 - 1)}, "do not fit"),
-        ({f"{Q}.weight": entry([2**20, 2**20], 0, 2**41)}, "cut off"),
-        (
-            b'{"a.weight":{"dtype":"F16","shape":[0,2],"data_offsets":[0,0]},'
-            b'"a.weight":{"dtype":"F16","shape":[0,3],"data_offsets":[0,0]}}',
-            "occurs twice",
-        ),
-        (b"{" * 100_000, "damaged"),
-        (b'{"a":' * 100_000, "damaged"),
-    ],
-)
-def test_contradictions_are_refused_before_memory_is_taken(header, message, tmp_path):
-    path = raw(tmp_path / "x.safetensors", header, 48)
-    with pytest.raises(UnsupportedFormat, match=message):
-        open_base(path)
-
-
 @pytest.mark.parametrize(
     "form",
     [
@@ -149,20 +111,17 @@ def test_contradictions_are_refused_before_memory_is_taken(header, message, tmp_
 )
 def test_tens_of_thousands_of_keys_open_in_seconds(form, tmp_path):
     """Time grows with the keys and not with their square."""
+    block = "down_blocks.{}.attentions.0.transformer_blocks.{}.attn1.to_q.weight"
     names = {
         "ldm": "model.diffusion_model.input_blocks.{}.1.transformer_blocks.{}.attn1.to_q.weight",
-        "diffusers": "down_blocks.{}.attentions.0.transformer_blocks.{}.attn1.to_q.weight",
         "authors": "double_blocks.{}.img_mlp.{}.weight",
-        "scaled": "down_blocks.{}.attentions.0.transformer_blocks.{}.attn1.to_q.weight",
-    }[form]
+    }.get(form, block)
     keys = {
-        names.format(1 + i % 300 if form == "ldm" else i % 1000, i): (1, 1)
-        for i in range(15_000 if form == "scaled" else 30_000)
+        names.format(1 + i % 300 if form == "ldm" else i % 1000, i): (1, 1) for i in range(COUNT)
     }
-    other = {}
-    if form == "scaled":
-        other = {k.replace(".weight", ".weight_scale"): ("F32", (1,)) for k in keys}
-    dtype = "F8_E4M3" if form == "scaled" else "F16"
+    scaled = form == "scaled"
+    other = {k.replace(".weight", ".weight_scale"): ("F32", (1,)) for k in keys} if scaled else {}
+    dtype = "F8_E4M3" if scaled else "F16"
     path = sparse_file(tmp_path / "x.safetensors", keys, dtype, other=other)
     started = time.process_time()  # other load on the machine must not fail a test
     try:
@@ -170,7 +129,7 @@ def test_tens_of_thousands_of_keys_open_in_seconds(form, tmp_path):
         assert len(base.shapes) == len(keys) and base.layout is None
     except UnsupportedFormat as error:
         assert form in ("ldm", "authors") and "belongs to no known module" in str(error)
-    assert time.process_time() - started < 4.5
+    assert time.process_time() - started < 3
 
 
 def opening_peak(*paths):
@@ -198,6 +157,7 @@ print(peak() - before)
     return int(subprocess.run(line, check=True, capture_output=True, text=True).stdout)
 
 
+COUNT = 15_000
 needs_peak = pytest.mark.skipif(sys.platform != "linux", reason="no peak of memory in /proc")
 
 
@@ -220,5 +180,6 @@ def test_a_header_of_nothing_but_brackets_takes_bounded_memory(tmp_path):
     paths = []
     for filler in (b"[],", b"{},", b'"ab",', b"1234,"):
         text = b'{"a":[' + filler * ((2**25 - 20) // len(filler)) + b"0]}"
-        paths.append(raw(tmp_path / f"{len(paths)}.safetensors", text))
+        paths.append(tmp_path / f"{len(paths)}.safetensors")
+        paths[-1].write_bytes(len(text).to_bytes(8, "little") + text)
     assert opening_peak(*paths) < 1_200_000 << 10

@@ -91,17 +91,12 @@ def test_the_command_line_takes_ids(cloud, ids, tmp_path, monkeypatch, capsys):
     for folder, repo in ((source, "one"), (target, "two")):
         (cloud.folder / "org" / repo).mkdir(parents=True)
         folder.rename(cloud.folder / "org" / repo / "unet")
-    out = tmp_path / "out.safetensors"
-    where = ["--source", ids[0], "--target", ids[1]]
-    for line in (
-        ["transfer", str(lora), *where, "-o", str(out)],
-        ["check", str(lora), *where],
-    ):
+    out, where = tmp_path / "out.safetensors", ["--source", ids[0], "--target", ids[1]]
+    for line in (["transfer", str(lora), *where, "-o", str(out)], ["check", str(lora), *where]):
         monkeypatch.setattr("sys.argv", ["prolora", *line])
         with pytest.raises(SystemExit) as stop:
             cli.main()
-        said = capsys.readouterr().out
-        assert not stop.value.code and "org/two" in said
+        assert not stop.value.code and "org/two" in capsys.readouterr().out
     assert out.exists() and set(cloud.fetched) == {f"unet/{FULL}"}
 
 
@@ -121,7 +116,6 @@ def test_what_is_a_path_is_not_asked_for_on_the_hub(tmp_path, monkeypatch):
 
 
 def test_what_the_hub_answers_is_passed_on(cloud):
-    with pytest.raises(
-        UnsupportedFormat, match=r"org/m: no such file or folder, and the .* Hub .* 404: org/m"
-    ):
+    said = r"org/m: no such file or folder, and the .* Hub .* 404: org/m"
+    with pytest.raises(UnsupportedFormat, match=said):
         open_base("org/m")

@@ -37,9 +37,7 @@ def sha256(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-@pytest.fixture
-def mapped(tmp_path):
-    """A file, and memory that is shared with it and was written to a moment ago."""
+def test_a_file_that_is_changed_through_shared_memory_is_hashed_again(tmp_path):
     path = write_base(tmp_path / "base.safetensors", 1)
     with open(path, "r+b") as file, mmap.mmap(file.fileno(), 0) as memory:
         memory[-1] = memory[-1]
@@ -48,15 +46,10 @@ def mapped(tmp_path):
         memory[-1] = memory[-1]
         if path.stat().st_mtime_ns == before:
             pytest.skip("this file system does not tell of changes through shared memory")
-        yield path, memory
-
-
-def test_a_file_that_is_changed_through_shared_memory_is_hashed_again(mapped):
-    path, memory = mapped
-    first = digest_file(open_base(path).files[0])
-    assert first == sha256(path)
-    memory[-3] ^= 1
-    assert digest_file(open_base(path).files[0]) == sha256(path) != first
+        first = digest_file(open_base(path).files[0])
+        assert first == sha256(path)
+        memory[-3] ^= 1
+        assert digest_file(open_base(path).files[0]) == sha256(path) != first
 
 
 @pytest.fixture
@@ -148,30 +141,27 @@ def test_one_value_of_any_tensor_of_any_shard_makes_another_base(tmp_path):
     base, other = open_base(source), open_base(copied)
     assert digest_all(base) == digest_all(other) and have_equal_files(base, other)
     for file in sorted(copied.glob("*.safetensors")):
-        whole, opened = file.read_bytes(), SafetensorsFile(file)
-        for name, info in opened.tensors.items():
-            flip(file, opened.data_start + random.randrange(info.start, info.stop))
+        for name in flip_each(file):
             assert digest_all(open_base(copied)) != digest_all(base), name
             assert not have_equal_files(base, open_base(copied)), name
-            file.write_bytes(whole)
     assert digest_all(open_base(copied)) == digest_all(base)
 
 
-def test_a_flipped_value_is_noticed_by_whatever_was_made_of_the_file(tmp_path, caplog):
+def test_a_flipped_value_is_noticed_by_whatever_was_made_of_the_file(tmp_path):
     """A result that exists, an extraction and the cache; a migration has a test of its own."""
     lora, _, target = write_case(tmp_path)
-    source, out, cache = (
-        write_shards(tmp_path / "shards"),
-        tmp_path / "o.safetensors",
-        tmp_path / "c",
-    )
-    copied = tmp_path / "copied"
+    source, copied = write_shards(tmp_path / "shards"), tmp_path / "copied"
     shutil.copytree(source, copied)
-    options = {"method": "prolora", "threshold": 0, "cache": cache}
+    options = {
+        "method": "prolora",
+        "threshold": 0,
+        "cache": tmp_path / "c",
+        "out": tmp_path / "o.safetensors",
+    }
 
     def is_kept():
         try:
-            return prolora.transfer(lora, source, target, out=out, **options).report.dry_run
+            return prolora.transfer(lora, source, target, **options).report.dry_run
         except OutputExists:
             return False
 
@@ -179,27 +169,27 @@ def test_a_flipped_value_is_noticed_by_whatever_was_made_of_the_file(tmp_path, c
     with pytest.raises(WrongBase, match="same"):
         prolora.extract(source, copied)
     for file in (*sorted(source.glob("*.safetensors")), lora):
-        whole, opened = file.read_bytes(), SafetensorsFile(file)
-        for name, info in opened.tensors.items():
-            flip(file, opened.data_start + random.randrange(info.start, info.stop))
+        whole = file.read_bytes()
+        for name in flip_each(file):
             is_read = file == lora or name.removesuffix(".weight") in target_weights()
             assert not (is_kept() and is_read), name
             if file != lora:
                 prolora.extract(source, copied, out_rank=1)
-                module = name.removesuffix(".weight")
-                with BasisCache(cache).flush_at_end() as known:
-                    known.of(open_base(source), [module], 0.99)
+                with BasisCache(tmp_path / "c").flush_at_end() as known:
+                    known.of(open_base(source), [name.removesuffix(".weight")], 0.99)
                     assert known.misses == 1, name
-            file.write_bytes(whole)
+        assert file.read_bytes() == whole
 
 
-def flip(file, place):
-    """Changes one bit of a file."""
-    with open(file, "r+b") as opened:
-        opened.seek(place)
-        value = opened.read(1)[0]
-        opened.seek(place)
-        opened.write(bytes([value ^ 1]))
+def flip_each(file):
+    """The name of each tensor of a file, while one bit of it is changed."""
+    whole, opened = file.read_bytes(), SafetensorsFile(file)
+    for name, info in opened.tensors.items():
+        changed = bytearray(whole)
+        changed[opened.data_start + random.randrange(info.start, info.stop)] ^= 1
+        file.write_bytes(changed)
+        yield name
+        file.write_bytes(whole)
 
 
 def test_a_model_in_memory_is_known_by_what_it_is_and_not_by_where_it_was():
@@ -213,6 +203,5 @@ def test_a_model_in_memory_is_known_by_what_it_is_and_not_by_where_it_was():
         model.config = {"width": 2} | dict.fromkeys(names, place)
         facts.append(describe_live_module(model.train(place == "here")))
     assert facts[0] == facts[1] and facts[0]["configuration: width"] == "2"
-    assert not any("training" in key or "path" in key for key in facts[0])
     model[1].p = 0.25
     assert digest_facts(describe_live_module(model)) != digest_facts(facts[1])

@@ -24,12 +24,8 @@ def test_sizes_are_read_as_people_write_them():
     for text in ("", "GiB", "0", "-1MB", "2 bananas", "1e9", "0.1", "٣GiB", "9" * 309):
         with pytest.raises(ValueError, match="2GiB"):
             parse_size(text)
-    assert [parse_limit(value) for value in (None, 5, 2e9, "2GiB")] == [
-        None,
-        5,
-        2_000_000_000,
-        2 << 30,
-    ]
+    limits = {None: None, 5: 5, 2e9: 2_000_000_000, "2GiB": 2 << 30}
+    assert {value: parse_limit(value) for value in limits} == limits
     for value in (math.nan, math.inf, 0.5, 0, -1, True, [], "lots"):
         with pytest.raises(ValueError, match="2GiB"):
             parse_limit(value)
@@ -111,9 +107,7 @@ print(json.dumps([bound, peak(), [outcome.status for outcome in done]]))
     assert statuses == ["moved"] * 8 and within <= bound, (bound, within)
 
 
-def test_a_text_bounds_memory_wherever_a_number_does(tmp_path):
-    lora, source, target = write_case(tmp_path)
-    for bound in ("1MiB", 1 << 20):
-        for work in (lambda bound: prolora.transfer(lora, source, target, max_memory=bound),):
-            with pytest.raises(TooLittleMemory, match=r"1\.0 MiB` is too little"):
-                work(bound)
+@pytest.mark.parametrize("bound", ["1MiB", 1 << 20])
+def test_a_text_bounds_memory_as_a_number_does(tmp_path, bound):
+    with pytest.raises(TooLittleMemory, match=r"1\.0 MiB` is too little"):
+        prolora.transfer(*write_case(tmp_path), max_memory=bound)

@@ -1,7 +1,6 @@
 """Base models in all the forms they come in, and the forms that are refused."""
 
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -41,11 +40,8 @@ def write(path: Path, content: dict[str, Tensor], **metadata: str) -> Path:
 
 def empty_layout(id_: str) -> dict[str, Tensor]:
     """Zeros with the names and shapes of a layout, all of one element in memory."""
-    known = layouts.load_layout(id_)
-    return {
-        name: torch.zeros(1, dtype=torch.float8_e4m3fn).expand(known.shapes[name])
-        for name in known.shapes
-    }
+    zero = torch.zeros(1, dtype=torch.float8_e4m3fn)
+    return {name: zero.expand(shape) for name, shape in layouts.load_layout(id_).shapes.items()}
 
 
 def assert_opened(base: Base, value: float = 1.0) -> None:
@@ -125,28 +121,12 @@ def test_shards_are_one_base(index: str, tmp_path: Path) -> None:
     assert "00001-of-00002" in base.tensor_name(Q) and "00002-of-00002" in base.tensor_name(K)
 
 
-def test_incomplete_shards_are_refused_by_name(tmp_path: Path) -> None:
-    """Missing shard, missing index, missing tensor, a path out of the folder, no JSON."""
+def test_an_index_that_is_none_or_missing_is_refused(tmp_path: Path) -> None:
     index = shard(tmp_path)
-    table = json.loads(index.read_text())
-    first = table["weight_map"][f"{Q}.weight"]
-    for name in ("../x.safetensors", "/x.safetensors", "a\\x.safetensors", "x.bin", 3):
-        table["weight_map"]["new"] = name
-        index.write_text(json.dumps(table))
-        with pytest.raises(UnsupportedFormat, match=re.escape(f"new is in {name!r}")):
-            open_base(tmp_path)
-    table["weight_map"]["new"] = first
-    index.write_text(json.dumps(table))
-    with pytest.raises(UnsupportedFormat, match=f"new is in {first}, which lacks it"):
-        open_base(tmp_path)
     for text in ("{", "[]", "{}", '{"weight_map": []}', "[" * 100_000):
         index.write_text(text)
         with pytest.raises(UnsupportedFormat, match="not an index"):
             open_base(tmp_path)
-    shard(tmp_path)
-    (tmp_path / first).unlink()
-    with pytest.raises(UnsupportedFormat, match=f"the shard {first} is missing"):
-        open_base(tmp_path)
     index.unlink()
     with pytest.raises(UnsupportedFormat, match="has shards but not their"):
         open_base(tmp_path)
@@ -193,6 +173,9 @@ def test_tensors_in_memory_are_used_as_they_are() -> None:
     assert open_base(Pipeline()).shapes == base.shapes  # type: ignore[arg-type]
 
 
+LDM_Q = "input_blocks.4.{}.transformer_blocks.0.attn1.to_q.weight"
+
+
 def half() -> Tensor:
     """Some weight."""
     return torch.ones(4, 4).half()
@@ -208,20 +191,9 @@ def half() -> Tensor:
         ({f"{Q}.hada_w1_a": half()}, "is a LoRA"),
         ({f"{Q}.weight": half(), f"{Q}.weight_scale_inv": torch.ones(1)}, "quantised"),
         ({f"{Q}.weight": half(), f"{Q}.weight.absmax": torch.ones(1)}, "quantised"),
-        (
-            {f"{Q}.weight": half(), f"{Q}.weight.quant_state.bitsandbytes__nf4": torch.ones(1)},
-            "quantised",
-        ),
         ({f"{Q}.weight": torch.ones(4, 4).to(torch.uint8)}, "torch.uint8: models quantised"),
-        ({"text_model.embeddings.weight": half()}, "no UNet or transformer"),
         ({}, "no UNet or transformer"),
-        (
-            {
-                "input_blocks.4.1.transformer_blocks.0.attn1.to_q.weight": half(),
-                "input_blocks.4.7.transformer_blocks.0.attn1.to_q.weight": half(),
-            },
-            "belongs to no known module",
-        ),
+        (dict.fromkeys(map(LDM_Q.format, (1, 7)), half()), "belongs to no known module"),
         ({f"{Q}.weight": half(), Q: half()}, "a second weight for"),
     ],
 )
@@ -276,14 +248,9 @@ def test_a_base_prints_in_one_line() -> None:
 
 
 def test_two_bases_of_a_pair_never_have_one_name(tmp_path: Path) -> None:
-    one, two = (
-        write(tmp_path / name / "checkpoints" / "mine.safetensors", tensors()) for name in "ab"
-    )
-    first, second = open_pair(one, two)
-    assert (first.name, second.name) == (
-        "a/checkpoints/mine.safetensors",
-        "b/checkpoints/mine.safetensors",
-    )
+    file = "checkpoints/mine.safetensors"
+    one, two = (write(tmp_path / name / file, tensors()) for name in "ab")
+    assert [base.name for base in open_pair(one, two)] == [f"a/{file}", f"b/{file}"]
     assert [base.name for base in open_pair(one, one)] == ["mine.safetensors"] * 2
     in_memory = open_pair(tensors(), tensors())
     assert [base.name for base in in_memory] == ["the source", "the target"]

@@ -80,7 +80,7 @@ def test_a_file_larger_than_any_real_one_is_refused_unread(tmp_path):
 
 
 @settings(
-    max_examples=examples(300),
+    max_examples=examples(160),
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )

@@ -7,12 +7,12 @@ from pathlib import Path
 import check_families
 import pytest
 import torch
+from lora_files import empty_base, pair, save, usual_lora
 from mini import source_weights, write_case, write_folder
 from safetensors.torch import load_file, save_file
 
 import prolora
 from prolora import errors
-from prolora.architectures.layouts import load_layout
 
 
 def write_base(path, seed):
@@ -53,23 +53,6 @@ def unread(monkeypatch):
     monkeypatch.setattr(prolora.Base, "read", lambda *x: pytest.fail("a weight was read"))
 
 
-def empty_base(layout):
-    """A published model that takes no memory."""
-    shapes = load_layout(layout).shapes
-    return prolora.open_base({name: torch.zeros(1).expand(shape) for name, shape in shapes.items()})
-
-
-def write_layout_lora(path, layout, prefix):
-    tensors = {}
-    for name in load_layout(layout).adapted:
-        shape = load_layout(layout).shapes[name]
-        if len(shape) == 2:
-            tensors[f"{prefix}{name}.lora_A.weight"] = torch.zeros(1, shape[1])
-            tensors[f"{prefix}{name}.lora_B.weight"] = torch.zeros(shape[0], 1)
-    save_file(tensors, path)
-    return path
-
-
 @pytest.mark.parametrize("keys", [(0, 1), (0,), (1,)])
 def test_a_lora_with_the_hash_of_the_target_is_refused_as_swapped(files, tmp_path, unread, keys):
     lora, a, b = files
@@ -102,20 +85,14 @@ def test_a_migration_refuses_the_swap_for_that_lora_alone(files, tmp_path):
     assert refused["of_b.safetensors"] == ""
 
 
-def test_a_base_that_is_neither_is_taken_as_given_since_files_are_converted(files, tmp_path):
+@pytest.mark.parametrize("word", ["NOFILE", "IsADirectory", "None", "", "e3b0c442", "1" * 64])
+def test_what_is_no_hash_of_a_file_or_of_another_proves_nothing(files, tmp_path, word):
+    """A base that is neither is taken as given: files are converted."""
     lora, a, b = files
-    stated = {"ss_new_sd_model_hash": "1" * 64, "ss_sd_model_hash": "1" * 8}
-    other = say_base(lora, tmp_path / "other.safetensors", **stated)
-    assert prolora.transfer(other, a, b, dry_run=True).report.totals["mapped"]
-
-
-@pytest.mark.parametrize("word", ["NOFILE", "IsADirectory", "None", "", "e3b0c442"])
-def test_what_is_no_hash_of_a_file_proves_nothing(files, tmp_path, word):
-    lora, a, b = files
-    header = {"ss_sd_model_hash": word, "ss_new_sd_model_hash": word}
+    header = {"ss_sd_model_hash": word[:8], "ss_new_sd_model_hash": word}
     named = say_base(lora, tmp_path / "named.safetensors", **header)
-    for pair in ((a, b), (b, a)):
-        assert prolora.transfer(named, *pair, dry_run=True).report.totals["mapped"]
+    for bases in ((a, b), (b, a)):
+        assert prolora.transfer(named, *bases, dry_run=True).report.totals["mapped"]
 
 
 def test_the_whole_hash_decides_where_two_files_share_the_short_one(files, tmp_path):
@@ -168,9 +145,7 @@ def test_source_and_target_that_are_one_model_are_refused(files, tmp_path, unrea
             prolora.transfer(lora, source, target)
         with pytest.raises(errors.WrongBase, match="are the same model"):
             prolora.transfer(lora, source, target, dry_run=True)
-        assert prolora.transfer(lora, source, target, again=True, dry_run=True).report.totals[
-            "mapped"
-        ]
+        assert prolora.transfer(lora, source, target, again=True, dry_run=True).report.coverage
 
 
 def test_a_pipeline_and_the_folder_of_its_model_are_one_base(tmp_path):
@@ -179,9 +154,9 @@ def test_a_pipeline_and_the_folder_of_its_model_are_one_base(tmp_path):
     encoder = write_folder(tmp_path / "pipe" / "text_encoder", {"text_model.x": torch.ones(2, 2)})
     (encoder / "diffusion_pytorch_model.safetensors").rename(encoder / "model.safetensors")
     whole, (lora, _, other) = tmp_path / "pipe", write_case(tmp_path / "case")
-    for pair in ((whole, model), (model, whole)):
+    for bases in ((whole, model), (model, whole)):
         with pytest.raises(errors.WrongBase, match="are the same model"):
-            prolora.transfer(lora, *pair, dry_run=True)
+            prolora.transfer(lora, *bases, dry_run=True)
     assert prolora.transfer(lora, whole, other, dry_run=True).report.totals["mapped"]
 
 
@@ -193,46 +168,40 @@ def test_a_pipeline_and_the_folder_of_its_model_are_one_base(tmp_path):
         ("sd15", "unet.", "sd21", "sdxl", r"is for Stable Diffusion 1\.5\. .*Diffusion 2\.1"),
     ],
 )
-def test_a_lora_of_another_model_is_called_by_that_models_name(
-    tmp_path, lora, prefix, source, target, said
-):
-    path = write_layout_lora(tmp_path / "lora.safetensors", lora, prefix)
+def test_a_lora_of_another_model_is_called_by_that_models_name(lora, prefix, source, target, said):
+    tensors = usual_lora(lora, prefix)
     with pytest.raises((errors.UnsupportedFormat, errors.ShapeMismatch), match=said) as first:
-        prolora.transfer(path, empty_base(source), empty_base(target), dry_run=True)
+        prolora.transfer(tensors, empty_base(source), empty_base(target), dry_run=True)
     with pytest.raises(type(first.value)) as second:
-        prolora.transfer(path, empty_base(source), empty_base(target))
+        prolora.transfer(tensors, empty_base(source), empty_base(target))
     assert str(first.value) == str(second.value) and "--" not in str(first.value)
     assert "swap" not in str(first.value)
 
 
-def test_a_lora_that_fits_the_target_alone_is_asked_about(tmp_path):
-    path = write_layout_lora(tmp_path / "lora.safetensors", "sdxl", "unet.")
+def test_a_lora_that_fits_the_target_alone_is_asked_about():
+    tensors = usual_lora("sdxl", "unet.")
     for again in (False, True):
         with pytest.raises(errors.WrongBase, match=r"XL\. .* It fits the target and not the sou"):
             prolora.transfer(
-                path, empty_base("sd15"), empty_base("sdxl"), again=again, dry_run=True
+                tensors, empty_base("sd15"), empty_base("sdxl"), again=again, dry_run=True
             )
 
 
-def test_a_lora_of_a_language_model_is_called_one(tmp_path):
-    tensors = {}
+def test_a_lora_of_a_language_model_is_called_one():
+    tensors, start = {}, "base_model.model.model.layers.0"
     for name in ("self_attn.q_proj", "mlp.gate_proj"):
-        key = f"base_model.model.model.layers.0.{name}"
-        tensors[f"{key}.lora_A.weight"] = torch.zeros(2, 64)
-        tensors[f"{key}.lora_B.weight"] = torch.zeros(64, 2)
+        tensors |= pair(f"{start}.{name}", (64, 64), 2, ends=("lora_B", "lora_A"))
     with pytest.raises(errors.UnsupportedFormat, match=r"is for a language model\. The"):
         prolora.transfer(tensors, empty_base("sd15"), empty_base("sdxl"), dry_run=True)
 
 
 def test_a_dora_that_does_not_fit_is_refused_before_its_base_is_read(tmp_path, unread):
-    path = write_layout_lora(tmp_path / "lora.safetensors", "sdxl", "unet.")
-    tensors = load_file(path)
+    tensors = usual_lora("sdxl", "unet.")
     for key in [k for k in tensors if k.endswith("lora_B.weight")]:
-        name = key.replace("lora_B.weight", "dora_scale")
-        tensors[name] = torch.ones(tensors[key].shape[0], 1)
-    save_file(tensors, path)
+        tensors[key.replace("lora_B.weight", "dora_scale")] = torch.ones(len(tensors[key]), 1)
     with pytest.raises(errors.ShapeMismatch, match="is for Stable Diffusion XL"):
-        prolora.transfer(path, empty_base("sd15"), empty_base("sd21"))
+        lora = save(tmp_path / "lora.safetensors", tensors)
+        prolora.transfer(lora, empty_base("sd15"), empty_base("sd21"))
 
 
 def test_a_dry_run_doubts_a_source_whose_blocks_the_lora_leaves_out():

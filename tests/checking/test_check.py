@@ -8,28 +8,9 @@ import check_families
 import pytest
 import torch
 from checkpoints import sparse_file
-from safetensors.torch import save_file
+from lora_files import empty_base, save, usual_lora
 
 import prolora
-from prolora.architectures.layouts import load_layout
-
-
-def hollow_base(folder, layout):
-    shapes = load_layout(layout).shapes
-    return sparse_file(
-        folder / f"{layout}.safetensors",
-        {f"{name}.weight": shape for name, shape in shapes.items()},
-    )
-
-
-def usual_lora(layout, prefix, leave=0):
-    shapes = {n: load_layout(layout).shapes[n] for n in load_layout(layout).adapted}
-    tensors = {}
-    for name, shape in list(shapes.items())[leave:]:
-        if len(shape) == 2:
-            tensors[f"{prefix}{name}.lora_A.weight"] = torch.zeros(1).expand(1, shape[1])
-            tensors[f"{prefix}{name}.lora_B.weight"] = torch.zeros(1).expand(shape[0], 1)
-    return tensors
 
 
 @pytest.fixture(autouse=True)
@@ -37,8 +18,8 @@ def unread(monkeypatch):
     monkeypatch.setattr(prolora.Base, "read", lambda *x: pytest.fail("a weight was read"))
 
 
-def test_a_lora_fits_its_own_base(tmp_path):
-    answer = prolora.check(usual_lora("sdxl", "unet."), base=hollow_base(tmp_path, "sdxl"))
+def test_a_lora_fits_its_own_base():
+    answer = prolora.check(usual_lora("sdxl", "unet."), base=empty_base("sdxl"))
     assert answer and answer.base_match.answer == "fits" and answer.base_match.coverage == 1
     assert str(answer).startswith(
         "✔ for this base, by names and shapes: 700 of 700 modules have their place\n"
@@ -50,93 +31,78 @@ def test_a_lora_fits_its_own_base(tmp_path):
 @pytest.mark.parametrize(
     ("lora", "base", "text"),
     [
-        (
-            "sd15",
-            "sdxl",
-            "✖ this LoRA is for Stable Diffusion 1.5; this base is Stable Diffusion XL",
-        ),
-        ("sdxl", "ssd-1b", "✖ this LoRA is for Stable Diffusion XL; this base is SSD-1B"),
-        (
-            "wan-t2v-14b",
-            "wan-t2v-1.3b",
-            "✖ this LoRA is for Wan 2.1 .*14B; this base is Wan 2.1 .*1.3B",
-        ),
+        ("sd15", "sdxl", "Stable Diffusion 1.5; this base is Stable Diffusion XL"),
+        ("sdxl", "ssd-1b", "Stable Diffusion XL; this base is SSD-1B"),
+        ("wan-t2v-14b", "wan-t2v-1.3b", "Wan 2.1 .*14B; this base is Wan 2.1 .*1.3B"),
     ],
 )
-def test_a_lora_of_another_model_is_said_to_be_one(tmp_path, lora, base, text):
+def test_a_lora_of_another_model_is_said_to_be_one(lora, base, text):
     prefix = "transformer." if "wan" in lora else "unet."
-    answer = prolora.check(usual_lora(lora, prefix), base=hollow_base(tmp_path, base))
+    answer = prolora.check(usual_lora(lora, prefix), base=empty_base(base))
     assert not answer and answer.base_match.answer == "other"
+    said = f"{answer.mark} {answer.headline}"
+    assert re.fullmatch(f"✖ this LoRA is for {text}", said), str(answer)
 
-    assert re.fullmatch(text, f"{answer.mark} {answer.headline}"), str(answer)
 
-
-def test_a_module_of_another_width_has_no_place(tmp_path):
+def test_a_module_of_another_width_has_no_place():
     lora = usual_lora("sdxl", "unet.")
     key = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     lora[f"{key}.lora_B.weight"] = torch.zeros(1279, 1)
-    answer = prolora.check(lora, base=hollow_base(tmp_path, "sdxl"))
+    answer = prolora.check(lora, base=empty_base("sdxl"))
     assert answer.base_match.answer == "in part" and "1279×1280" in str(answer)
 
 
-def test_few_modules_that_both_have_but_that_look_like_anothers_are_unclear(tmp_path):
+def test_few_modules_that_both_have_but_that_look_like_anothers_are_unclear():
     lora = {k: v for k, v in usual_lora("sdxl", "unet.").items() if ".down_blocks.1." in k}
-    answer = prolora.check(lora, base=hollow_base(tmp_path, "ssd-1b"))
+    answer = prolora.check(lora, base=empty_base("ssd-1b"))
     assert (answer.base_match.answer, answer.mark) == ("unclear", "⚠") and not answer
 
 
-def test_modules_that_several_families_have_are_said_to_be_theirs_too(tmp_path):
+def test_modules_that_several_families_have_are_said_to_be_theirs_too():
     lora = {k: v for k, v in usual_lora("flux1-dev", "transformer.").items() if "_blocks.0." in k}
     for layout, also in (("flux1-dev", "Chroma"), ("chroma", "FLUX.1")):
-        answer = prolora.check(lora, base=hollow_base(tmp_path, layout))
-        assert (
-            answer and also in answer.base_match.also and answer.base_match.also in answer.headline
-        )
+        answer = prolora.check(lora, base=empty_base(layout))
+        assert answer and also in answer.base_match.also
+        assert answer.base_match.also in answer.headline
 
 
-def test_text_encoders_need_no_weights_in_the_base_but_must_be_its_own(tmp_path):
+def test_text_encoders_need_no_weights_in_the_base_but_must_be_its_own():
     lora = usual_lora("sd15", "unet.")
     for encoder in ("text_encoder", "text_encoder_2"):
         key = f"{encoder}.text_model.encoder.layers.0.self_attn.q_proj"
         lora[f"{key}.lora_A.weight"] = torch.zeros(1, 768)
         lora[f"{key}.lora_B.weight"] = torch.zeros(768, 1)
-    answer = prolora.check(lora, base=hollow_base(tmp_path, "sd15"))
+    answer = prolora.check(lora, base=empty_base("sd15"))
     missing = answer.to_dict()["base_match"]["without_place"]
     assert list(missing) == ["text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj"]
     assert "fewer than 2 text encoders" in str(answer)
 
 
-def test_an_update_that_needs_its_base_is_placed_without_it(tmp_path):
+def test_an_update_that_needs_its_base_is_placed_without_it():
     lora = usual_lora("sdxl", "unet.")
     ups = [k for k in lora if k.endswith("lora_B.weight")]
     lora |= {k.replace("lora_B.weight", "dora_scale"): torch.ones(len(lora[k]), 1) for k in ups}
-    assert prolora.check(lora, base=hollow_base(tmp_path, "sdxl"))
-    other = prolora.check(lora, base=hollow_base(tmp_path, "sd15"))
+    assert prolora.check(lora, base=empty_base("sdxl"))
+    other = prolora.check(lora, base=empty_base("sd15"))
     assert other.base_match.answer == "other" and "Stable Diffusion XL" in str(other)
 
 
-def test_an_update_beside_an_unknown_tensor_counts_as_one_without_a_place(tmp_path):
+def test_an_update_beside_an_unknown_tensor_counts_as_one_without_a_place():
     lora = usual_lora("sdxl", "unet.")
     key = next(k for k in lora if k.endswith("lora_B.weight"))
     lora[key.replace("lora_B.weight", "lora_gate")] = torch.ones(3)
-    answer = prolora.check(lora, base=hollow_base(tmp_path, "sdxl"))
+    answer = prolora.check(lora, base=empty_base("sdxl"))
     assert answer.base_match.answer == "in part" and "699 of 700" in str(answer)
 
 
-@pytest.mark.parametrize("swapped", [False, True])
-def test_what_is_no_lora_or_no_base_is_refused(tmp_path, swapped):
-    base = hollow_base(tmp_path, "sd15")
-    lora = tmp_path / "lora.safetensors"
-    save_file({k: v.contiguous() for k, v in usual_lora("sd15", "unet.").items()}, lora)
-    if swapped:
-        found = prolora.check(base, base=base)
-        assert (found.kind, found.mark) == (
-            "base",
-            "✖",
-        ) and "compare a LoRA with it" in found.headline
-        return
+def test_what_is_no_lora_or_no_base_is_refused(tmp_path):
+    lora = save(tmp_path / "lora.safetensors", usual_lora("sd15", "unet."))
     with pytest.raises(prolora.errors.UnsupportedFormat):
         prolora.check(lora, base=lora)
+    shapes = {key: tuple(x.shape) for key, x in empty_base("sd15").items()}
+    base = sparse_file(tmp_path / "base.safetensors", shapes)
+    found = prolora.check(base, base=base)
+    assert (found.kind, found.mark) == ("base", "✖") and "compare a LoRA with it" in found.headline
 
 
 MINI = Path(__file__).parents[2] / "examples" / "mini_family" / "weights"

@@ -65,14 +65,9 @@ def test_a_lora_moves_by_equal_names_and_keeps_the_spelling_it_came_in(
     for seed, (name, drift) in enumerate((("old", 0.0), ("new", 0.05))):
         weights = {prefix + key: tensor for key, tensor in base(0, drift).items()}
         save_file(weights, tmp_path / f"{name}.safetensors", {"n": str(seed)})
-    report = prolora.transfer(
-        tmp_path / "lora.safetensors",
-        tmp_path / "old.safetensors",
-        tmp_path / "new.safetensors",
-        out=tmp_path / "out.safetensors",
-        method=method,
-        rank=4,
-    ).report
+    case = (tmp_path / f"{name}.safetensors" for name in ("lora", "old", "new"))
+    how = {"out": tmp_path / "out.safetensors", "method": method, "rank": 4}
+    report = prolora.transfer(*case, **how).report
     assert report.coverage == 1
     moved = load_file(tmp_path / "out.safetensors")
     assert moved.keys() == tensors.keys()
@@ -80,19 +75,12 @@ def test_a_lora_moves_by_equal_names_and_keeps_the_spelling_it_came_in(
         assert all(torch.allclose(moved[key], tensors[key]) for key in tensors)
 
 
-def test_a_peft_folders_names_are_kept(tmp_path):
-    spell, suffixes = SPELLINGS["peft"]
-    adapter = read_lora(lora(spell, suffixes))
-    result = prolora.transfer(adapter, base(0), base(0, 0.05), method="copy")
-    assert result.state_dict().keys() == lora(spell, suffixes).keys()
-
-
-def test_a_format_whose_names_nobody_knows_is_refused():
-    spell, suffixes = SPELLINGS["diffusers"]
-    adapter = read_lora(lora(spell, suffixes))
-    result = prolora.transfer(adapter, base(0), base(0, 0.05), method="copy")
+def test_a_peft_folders_names_are_kept_and_a_format_whose_names_nobody_knows_is_refused():
+    for name, own in (("peft", None), ("diffusers", "peft")):
+        adapter = read_lora(lora(*SPELLINGS[name]))
+        result = prolora.transfer(adapter, base(0), base(0, 0.05), method="copy")
+        assert result.state_dict(own).keys() == lora(*SPELLINGS["peft"]).keys()
     with pytest.raises(UnsupportedFormat, match="of no family that prolora knows"):
         result.state_dict("kohya")
-    assert result.state_dict("peft").keys() == lora(*SPELLINGS["peft"]).keys()
     with pytest.raises(UnsupportedFormat, match="does not know its family"):
         result.state_dict("comfyui")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from diagonal import pair_up
-from lora_files import factors
+from lora_files import pair, usual_lora
 from property_examples import AT_NIGHT
 from safetensors.torch import save_file
 
@@ -69,12 +69,9 @@ def test_a_family_or_a_size_of_it_is_a_base(family, format):
 
 
 def test_members_of_a_family_are_told_apart():
-    shapes = load_layout("wan2.1-i2v-14b").shapes
-    tensors = {}
-    for name in load_layout("wan2.1-i2v-14b").attention:
-        out, inputs = shapes[name]
-        tensors[f"transformer.{name}.lora_A.weight"] = torch.zeros(1).expand(1, inputs)
-        tensors[f"transformer.{name}.lora_B.weight"] = torch.zeros(1).expand(out, 1)
+    lora = usual_lora("wan2.1-i2v-14b", "transformer.")
+    attention = {*load_layout("wan2.1-i2v-14b").attention}
+    tensors = {k: x for k, x in lora.items() if k[12:].partition(".lora")[0] in attention}
     for base, start in {
         "wan": "✔ for Wan 2.1 I2V 14B: 400 of 400 modules have their place",
         "wan2.1-i2v-14b": "✔ for Wan 2.1 I2V 14B: 400 of 400",
@@ -117,17 +114,9 @@ def test_the_headline_is_the_sentence_that_gave_the_mark(tmp_path):
 SD15 = {
     "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q": ((320, 320), 16),
     "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k": ((320, 768), 12),
-    "mid_block.attentions.0.transformer_blocks.0.ff.net.2": ((1280, 5120), 3),
+    "down_blocks.0.attentions.0.transformer_blocks.0.ff.net.2": ((320, 1280), 3),
     "down_blocks.0.resnets.0.conv1": ((320, 320, 3, 3), 4),
 }
-
-
-def shape_factors(shape, rank, seed):
-    """Factors of a weight, of a convolution with its window in the second."""
-    up, down = factors((shape[0], torch.Size(shape[1:]).numel()), rank, seed)
-    if len(shape) == 4:
-        return up[..., None, None], down.reshape(rank, *shape[1:])
-    return up, down
 
 
 def write_lora(path, alpha=16.0, seed=0):
@@ -135,9 +124,7 @@ def write_lora(path, alpha=16.0, seed=0):
     tensors = {}
     for i, (name, (shape, rank)) in enumerate(SD15.items()):
         stem = f"lora_unet_{name.replace('.', '_')}"
-        up, down = shape_factors(shape, rank, seed + i)
-        tensors |= {f"{stem}.lora_up.weight": up, f"{stem}.lora_down.weight": down}
-        tensors[f"{stem}.alpha"] = torch.tensor(alpha)
+        tensors |= pair(stem, shape, rank, seed + i) | {f"{stem}.alpha": torch.tensor(alpha)}
     save_file(tensors, path, {"ss_network_alpha": f"{alpha:g}", "ss_network_dim": "16"})
     return path
 

@@ -12,7 +12,6 @@ import torch
 from prolora.errors import MissingFile, OutputError, UnsupportedFormat, input_error, output_error
 from prolora.files.hashing import hash_file, hash_parts, hash_text
 from prolora.files.jsontext import parse_json_object, read_json_object
-from prolora.files.safetensors_file import SafetensorsFile
 
 
 def test_hashes_are_those_of_sha256(tmp_path: Path) -> None:
@@ -42,21 +41,6 @@ def test_what_is_no_json_object_is_refused_by_name(text: bytes, tmp_path: Path) 
         parse_json_object(text, "the note")
 
 
-def test_a_pointer_of_git_lfs_is_named_where_json_was_expected(tmp_path: Path) -> None:
-    path = tmp_path / "model.safetensors.index.json"
-    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
-    with pytest.raises(UnsupportedFormat, match="git lfs pull"):
-        read_json_object(path)
-
-
-@pytest.mark.parametrize("start", ["<!DOCTYPE html><html>", "<html>", "<!doctype html>"])
-def test_a_web_page_that_was_saved_for_a_model_is_named(tmp_path: Path, start: str) -> None:
-    path = tmp_path / "lora.safetensors"
-    path.write_text(start + "<body>Log in</body></html>")
-    with pytest.raises(UnsupportedFormat, match=r"lora\.safetensors: a web page.*login"):
-        SafetensorsFile(path)
-
-
 def test_a_missing_file_is_told_with_what_is_called_alike_there(tmp_path: Path) -> None:
     for name in ("style.safetensors", "b.safetensors"):
         (tmp_path / name).touch()
@@ -70,13 +54,19 @@ def test_a_missing_file_is_told_with_what_is_called_alike_there(tmp_path: Path) 
         assert isinstance(error, MissingFile) and re.search(said, str(error)), error
 
 
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+
+
 def test_json_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
-    """Missing, a folder, a pipe that nobody writes to, too large."""
+    """Missing, a folder, a pipe that nobody writes to, too large, a pointer of Git LFS."""
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "large").write_text("{}" + " " * 100)
     for name in ("missing", "", "pipe", "large"):
         with pytest.raises(UnsupportedFormat):
             read_json_object(tmp_path / name, limit=50)
+    (tmp_path / "pointer").write_text(LFS)
+    with pytest.raises(UnsupportedFormat, match="git lfs pull"):
+        read_json_object(tmp_path / "pointer")
 
 
 @pytest.mark.parametrize("code", ["EACCES", "ENAMETOOLONG", "EIO", "ENOSPC", "EROFS", "ENOTDIR"])

@@ -241,7 +241,13 @@ def test_a_header_that_starts_like_a_pickle_is_still_read(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"GGUF\3\0\0\0\0\0", "base models are read from GGUF"), (b"<html>", "a web page")],
+    [
+        (b"GGUF\3\0\0\0\0\0", "base models are read from GGUF"),
+        *(
+            (start, "/x: a web page.*login")
+            for start in (b"<!DOCTYPE html>", b"<html>", b"<!doctype html>")
+        ),
+    ],
 )
 def test_other_formats_are_refused_by_name(content: bytes, message: str, tmp_path: Path) -> None:
     """An HTML page is what a failed download often is."""

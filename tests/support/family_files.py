@@ -23,6 +23,7 @@ PARAMETERS = {
     "pos_frequencies",
     "motion_synthesis_weight",
     "padding_tokens",
+    "register_tokens",
 }
 BLOCKS = 64
 """More than any family has, for patterns written out."""
@@ -51,6 +52,16 @@ def collect_weights(family: Family, modules: Iterable[str]) -> dict[str, Authors
     """The authors' weights that hold these canonical modules."""
     held = (family.find_weight_holding(module) for module in modules)
     return {weight.name: weight for weight in held if weight is not None}
+
+
+def name_authors_weights(family: Family, tensors: Tensors) -> Tensors:
+    """Keys of the authors' checkpoint: what is a parameter here is one there, but for one."""
+    keys = {}
+    for name, rows in tensors.items():
+        weight = family.find_weight(name)
+        bare = weight is not None and is_parameter(weight.parts[0])
+        keys[name if bare and not name.endswith(".direction") else f"{name}.weight"] = rows
+    return keys
 
 
 def make_authors_file(

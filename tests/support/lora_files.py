@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 import prolora
 from prolora import Adapter, LowRank
 from prolora.architectures.identify import Model
+from prolora.architectures.layouts import load_layout
 
 DATA = Path(__file__).parent / "keymaps.json.gz"
 
@@ -81,6 +82,23 @@ def adapter_of(shapes, rank=4, **fields):
         if len(shape) == 4:
             kernels[name] = tuple(shape[2:])
     return Adapter(updates, kernels, **fields)
+
+
+def usual_lora(layout, prefix):
+    """A LoRA of rank 1 on the attention and feed-forward of a published size; takes no memory."""
+    known, tensors = load_layout(layout), {}
+    for name in known.adapted:
+        if len(known.shapes[name]) == 2:
+            out, inputs = known.shapes[name]
+            tensors[f"{prefix}{name}.lora_A.weight"] = torch.zeros(1).expand(1, inputs)
+            tensors[f"{prefix}{name}.lora_B.weight"] = torch.zeros(1).expand(out, 1)
+    return tensors
+
+
+def empty_base(layout):
+    """A published model in memory; takes none."""
+    zero, shapes = torch.zeros(1), load_layout(layout).shapes
+    return {f"{name}.weight": zero.expand(shape) for name, shape in shapes.items()}
 
 
 def adapter_for(family, updates, **fields):
