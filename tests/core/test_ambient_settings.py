@@ -1,5 +1,6 @@
 """What the caller has set for his own arithmetic changes nothing here, and is as it was after."""
 
+import multiprocessing
 import os
 import threading
 import warnings
@@ -198,23 +199,20 @@ def test_a_forked_child_computes_the_same(pinned):
         source, target, delta, k = CASES["gram-f64"]
         # Not bit for bit: bits, and signs of singular vectors, go with the number of threads.
         wanted = project(delta.dense(), source, target, rank=k)
+
+        def compare():
+            torch.set_num_threads(1)
+            moved = project(delta.dense(), source, target, rank=k)
+            torch.testing.assert_close(moved, wanted, rtol=1e-4, atol=1e-5)
+
+        child = multiprocessing.get_context("fork").Process(target=compare)
         with precision.full_precision() if pinned else nullcontext():
             held = precision._ARITHMETIC._lock if pinned else nullcontext()
             with held, warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                child = os.fork()
-            if child == 0:
-                same = False
-                try:
-                    torch.set_num_threads(1)
-                    moved = project(delta.dense(), source, target, rank=k)
-                    same = torch.allclose(moved, wanted, rtol=1e-4, atol=1e-5)
-                finally:
-                    os._exit(0 if same else 3)
-        timer = threading.Timer(60, lambda: os.kill(child, 9))
-        timer.start()
-        _, status = os.waitpid(child, 0)
-        timer.cancel()
-        assert os.waitstatus_to_exitcode(status) == 0
+                child.start()
+        child.join(60)
+        child.kill()
+        assert child.exitcode == 0
     finally:
         torch.set_num_threads(before)

@@ -143,3 +143,12 @@ def test_what_couples_kept_and_dropped_vectors_counts_in_a_bound():
     assert float(above) >= float(torch.linalg.eigvalsh(torch.tensor([[2.0, 0.5], [0.5, 1.0]]))[1])
     half, far = torch.full((1,), 0.5).double(), torch.ones(1, 1).double()
     assert float(bounds.bound_span_angle(half / 5, half, far)) == pytest.approx(0.2)
+
+
+def test_a_basis_prints_how_it_was_made_and_how_good_it_is():
+    basis = truncated_svd(weights(64, 48, 0).double(), 8)
+    text = repr(basis)
+    assert text.startswith("Basis(64×48, rank 8, float64, gram-f64, bound ") and len(text) < 70
+    assert "bound ?" in repr(basis.to("meta"))
+    several = truncated_svd(torch.stack([torch.eye(5), torch.ones(5, 5)]), 4)
+    assert "2 of 5×5, rank 1 to 4" in repr(several)

@@ -206,13 +206,17 @@ def test_a_stack_takes_as_many_steps_and_waits_as_one_matrix(monkeypatch, d, n, 
         assert torch.equal(getattr(basis, name), getattr(again, name))
 
 
-def test_a_gpu_s_stack_fills_a_share_of_its_memory_and_gives_way_by_halves():
+def test_a_gpu_s_stack_fills_a_share_of_its_memory_and_gives_way_by_halves(monkeypatch):
     gib = 1 << 30
     assert stacks._gpu_budget(75 * gib, 80 * gib) == 8 * gib
     assert stacks._gpu_budget(20 * gib, 24 * gib) == 6 * gib
     assert stacks._gpu_budget(7 * gib, 8 * gib) == 2 * gib
     assert stacks._gpu_budget(5 * gib, 80 * gib) == 2 * gib
     assert stacks._gpu_budget(0, 80 * gib) <= 1
+    monkeypatch.setattr(stacks, "_gpu_memory", lambda device: (20 * gib, 24 * gib))
+    square, card = torch.Size([1280, 1280]), torch.device("cuda")
+    assert stacks.chunk_size(square, card) == 6 * gib // (112 * 1280**2)
+    assert stacks.chunk_size(square, card, few_columns=True) == 6 * gib // (36 * 1280**2)
 
 
 @pytest.mark.parametrize("capability, cost", [((9, 0), 2), ((8, 9), 40), ((12, 0), 40)])

@@ -5,17 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from property_examples import examples
+from spectra import randn, random_update
 
 from prolora import LowRank, truncated_svd
 from prolora.core import recompression
 from prolora.core.svd import stacks
 from prolora.errors import ShapeMismatch, SolverFailure
-
-
-def random_update(m, n, r, seed=0, batch=()):
-    generator = torch.Generator().manual_seed(seed)
-    up = torch.randn(*batch, m, r, dtype=torch.float64, generator=generator)
-    return LowRank(up, torch.randn(*batch, r, n, dtype=torch.float64, generator=generator))
 
 
 @given(st.integers(1, 20), st.integers(1, 20), st.integers(1, 24), st.integers(0, 99))
@@ -74,8 +69,7 @@ def test_an_update_and_a_basis_are_equal_to_themselves_alone():
 def test_products_wider_than_the_kernel_are_truncated_as_one_stack_on_a_gpu(failing, monkeypatch):
     """Of full rank, of rank 3, of zeros, huge, tiny; and one that the batched solver fails on."""
     monkeypatch.setattr(stacks, "FORCE_BATCHED", True)
-    generator = torch.Generator().manual_seed(0)
-    core = torch.randn(5, 150, 135, generator=generator)
+    core = randn(5, 150, 135).float()
     core[1] = core[1, :, :3] @ core[1, :3]
     core[2] = 0
     core[3] *= 1e30
@@ -149,3 +143,10 @@ def test_parts_that_are_orthogonal_merge_in_descending_order():
     wanted = torch.tensor([1.0, 0.5, 0.5, 0.5, 0.1, 1e-3], dtype=torch.float64)
     assert torch.allclose(s.take_along_dim(order, -1), wanted.expand(2, -1))
     assert torch.allclose((up * up).sum(-1), s)  # balanced
+
+
+def test_a_value_prints_its_shape_rank_and_dtype():
+    update = LowRank(torch.zeros(64, 8), torch.zeros(8, 48))
+    assert repr(update) == "LowRank(64×48, rank 8, float32)"
+    stack = LowRank(torch.zeros(3, 64, 8).half(), torch.zeros(3, 8, 48).half())
+    assert repr(stack.to("meta")) == "LowRank(3 of 64×48, rank 8, float16 on meta)"

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from spectra import random_update
 
 from prolora import LowRank
 from prolora.core.merging import (
@@ -17,9 +18,7 @@ from prolora.errors import ShapeMismatch
 
 
 def update(m, n, rank, seed):
-    generator = torch.Generator().manual_seed(seed)
-    up = torch.randn(m, rank, generator=generator)
-    return LowRank(up, torch.randn(rank, n, generator=generator))
+    return random_update(m, n, rank, seed).to(torch.float32)
 
 
 def dense(part):

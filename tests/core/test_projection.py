@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from property_examples import examples
 from reference import Exchanged
-from spectra import related, weights
+from spectra import randn, random_update, related, weights
 
 from prolora import METHODS, LowRank, project, truncated_svd
 from prolora.errors import NonFiniteWeights, ShapeMismatch, UnrelatedBases, UnsupportedTensor
@@ -23,11 +23,7 @@ METHOD = st.sampled_from(sorted(METHODS))
 def case(m, n, r, seed, drift=0.3):
     """W_src, W_tgt and an update in float64."""
     source = weights(m, n, seed).double()
-    target = related(source, drift, seed + 1)
-    generator = torch.Generator().manual_seed(seed + 2)
-    up = torch.randn(m, r, dtype=torch.float64, generator=generator)
-    down = torch.randn(r, n, dtype=torch.float64, generator=generator)
-    return source, target, LowRank(up, down)
+    return source, related(source, drift, seed + 1), random_update(m, n, r, seed + 2)
 
 
 def relative(a, b):
@@ -125,8 +121,7 @@ def test_any_float_dtype_goes_in_and_comes_out(dtype):
 
 
 def test_a_convolution_of_five_axes_is_its_flattened_matrix_too():
-    generator = torch.Generator().manual_seed(0)
-    ws, wt, delta = (torch.randn(6, 4, 1, 2, 2, generator=generator) for _ in range(3))
+    ws, wt, delta = randn(3, 6, 4, 1, 2, 2)
     flat = [x.flatten(1) for x in (delta, ws, wt)]
     for method, wanted in (("prolora", project(*flat, rank=4)), ("copy", flat[0])):
         found = project(delta, ws, wt, rank=4, method=method)
@@ -277,9 +272,7 @@ def test_what_needs_no_bases_factorises_nothing(monkeypatch):
 def learnt(m, n, seed, size):
     """A target that has learnt something new along few directions."""
     source = weights(m, n, seed).double()
-    generator = torch.Generator().manual_seed(seed + 1)
-    up, down = (torch.randn(k, 6, dtype=torch.float64, generator=generator) for k in (m, n))
-    new = up @ down.mT
+    new = random_update(m, n, 6, seed + 1).dense()
     return source, source + size * source.norm() * new / new.norm()
 
 

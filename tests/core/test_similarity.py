@@ -9,7 +9,7 @@ import torch
 from dispatched import Calls
 from spectra import basis_of, randn, related, weights
 
-from prolora import principal_angles, similarity, truncated_svd
+from prolora import principal_angles, project, similarity, truncated_svd
 from prolora.core import angles
 from prolora.core.similarity import ANGLE_SHARES, angle_quantiles
 from prolora.core.svd import stacks
@@ -31,6 +31,7 @@ def test_similarity_equals_the_dense_formula():
     for side, (us, ut) in zip((found.left, found.right), zip(*exact, strict=True), strict=True):
         assert side == pytest.approx(float(reference.subspace_overlap(us, ut)) / 10, abs=1e-6)
     assert found.chance_left == 10 / 40 and found.chance_right == 10 / 60
+    assert found.above_left == pytest.approx(float((found.left - 0.25) / 0.75))
     with pytest.raises(ShapeMismatch, match="differ"):
         similarity(source, target.T, rank=2)
 
@@ -46,6 +47,17 @@ def test_whole_spaces_say_nothing_and_the_above_chance_value_admits_it():
     found = similarity(weights(8, 8, 0), weights(8, 8, 1), rank=8)
     assert found.left == pytest.approx(1)
     assert math.isnan(found.above_left)
+
+
+def test_similarity_and_account_print_their_main_numbers():
+    source = weights(24, 36, 0)
+    target = related(source, 0.3, 1)
+    found = similarity(source, target, rank=6)
+    assert repr(found) == (
+        f"Similarity(left {found.left:.2f}, right {found.right:.2f}, by chance 0.25 and 0.17)"
+    )
+    _, info = project(source, source, target, return_info=True)
+    assert repr(info).startswith("ProjectionInfo(energy kept ") and len(repr(info)) < 90
 
 
 def orthonormal(b, m, k, seed=0):

@@ -6,12 +6,19 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from prolora import Basis, truncated_svd
+from prolora import Basis, LowRank, truncated_svd
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
     """Normal numbers, the same each time."""
     return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+def random_update(m: int, n: int, r: int, seed: int = 0, batch: Sequence[int] = ()) -> LowRank:
+    """An update of rank r in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    up = torch.randn(*batch, m, r, dtype=torch.float64, generator=generator)
+    return LowRank(up, torch.randn(*batch, r, n, dtype=torch.float64, generator=generator))
 
 
 def orthonormal(m: int, k: int, generator: torch.Generator) -> Tensor:

@@ -1,10 +1,12 @@
 """subspace_overlap: every backend against ‖UsᵀUt‖_F² in float64."""
 
+from functools import reduce
+
 import pytest
 import reference
 import torch
 from backends import Kernels, load
-from spectra import orthonormal
+from spectra import randn
 
 from prolora.core.ops import subspace_overlap as module
 from prolora.core.ops.subspace_overlap import subspace_overlap
@@ -25,10 +27,8 @@ SHAPES = [
 
 
 def problem(shapes, dtype, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    us = [torch.randn(b, m, k, dtype=dtype, generator=generator) for b, m, k, _ in shapes]
-    ut = [torch.randn(b, m, k, dtype=dtype, generator=generator) for b, m, _, k in shapes]
-    return us, ut
+    us = [randn(b, m, k, dtype=dtype, seed=seed) for b, m, k, _ in shapes]
+    return us, [randn(b, m, k, dtype=dtype, seed=seed + 1) for b, m, _, k in shapes]
 
 
 def assert_overlaps(us, ut, found, eps):
@@ -67,28 +67,13 @@ def test_tensor_cores_keep_float32s_accuracy(kind, capability, monkeypatch):
 
 
 def columns_of(kind, m, k):
-    """Orthonormal columns [m, k], float32, and a rotation of them."""
-    generator = torch.Generator().manual_seed(0)
-    signs = sign_matrix(m)[:, :k]
-    if kind == "dense":
-        u = orthonormal(m, k, generator)
-    elif kind == "coordinates":
-        u = torch.eye(m)[:, 7 : 7 + k]
-    elif kind == "two levels":
-        levels = torch.where(torch.arange(m) % 2 == 0, 0.9, 1.1).double()
-        u = torch.linalg.qr(signs * levels[:, None])[0]
-    else:
-        u = signs / m**0.5
-    t = torch.linalg.qr(u.double() + 0.01 * torch.randn(m, k, generator=generator).double())[0]
-    return u.float(), t.float()
-
-
-def sign_matrix(m):
-    """An orthogonal matrix [m, m] of ±1, up to √m (Sylvester)."""
-    signs = torch.ones(1, 1, dtype=torch.float64)
-    while len(signs) < m:
-        signs = torch.cat([torch.cat([signs, signs], 1), torch.cat([signs, -signs], 1)], 0)
-    return signs
+    """Orthonormal columns [m, k], float32, and a rotation of them; m is a power of two."""
+    pair = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
+    signs = reduce(torch.kron, [pair] * (m.bit_length() - 1))[:, :k]  # orthogonal (Sylvester)
+    if kind == "two levels":
+        signs = signs * torch.where(torch.arange(m) % 2 == 0, 0.9, 1.1)[:, None]
+    u = torch.linalg.qr(signs)[0]
+    return u.float(), torch.linalg.qr(u + 0.01 * randn(m, k))[0].float()
 
 
 def test_single_matrices_and_stacks_mix():

@@ -114,6 +114,7 @@ def test_where_the_float32_solver_fails_a_rung_in_float64_takes_over(monkeypatch
     break_eigh(monkeypatch, FAULTS[fault], {torch.float32})
     basis = truncated_svd(weight, k)
     assert basis.rung == "gram-f64" and basis.ok and true_error(exact, basis) <= basis.bound
+    torch.testing.assert_close(basis.S, exact[1][:k].float(), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize(("fault", "case"), pair_up(FAULTS, CASES))

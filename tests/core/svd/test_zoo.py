@@ -114,7 +114,7 @@ def weight_of(name):
 # By the kernel's text a weight takes a second: for every change some that stay on their rung, and
 # some that leave it.
 QUICK = {"i^-0.5, tall", "i^-1", "k inside the bulk", "clusters, cut inside one", "rank k", "tiny"}
-QUICK |= {"large, i^-0.5", "all columns", "rank one", "nearly all, rank a little above k"}
+QUICK |= {"large, i^-0.5", "all columns", "small, 0.5^i"}
 WAYS = [
     pytest.param(name, way, marks=pytest.mark.slow if way == "gpu" and name not in QUICK else ())
     for name in ZOO
@@ -208,7 +208,7 @@ def test_digits_report_all_that_they_lose(size, dtype):
     found, error = precise_product.run_precise_product(extension, x[None], None, False)
     exact = np.asarray(x.double(), dtype=np.longdouble)
     missed = np.asarray(found[0], dtype=np.longdouble) - exact @ exact.T
-    assert 0 < float(np.linalg.norm(missed.astype(float))) <= float(error)
+    assert 0 < float(np.linalg.norm(missed.astype(float))) <= float(error) < 1e-9
 
 
 @pytest.mark.parametrize(("gap", "small"), [(1e-8, 3e-3), (1e-7, 1e-3)])
