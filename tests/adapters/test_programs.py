@@ -14,10 +14,11 @@ import prolora
 from prolora import Adapter, LowRank, check
 from prolora.adapters.formats.programs import choose_format
 from prolora.architectures.families import known_families
+from prolora.architectures.family import SPELLINGS
 from prolora.architectures.layouts import load_layout
 from prolora.architectures.loaders import find_reach, known_loaders, name_row
 from prolora.errors import UnsupportedFormat
-from prolora.verbs.options import ProgramName
+from prolora.verbs.options import FormatName, ProgramName
 
 MODULE = "transformer_blocks.0.attn.to_q"
 CLIP = "text_encoder.text_model.encoder.layers.0.mlp.fc1"
@@ -48,8 +49,9 @@ def readers_of(family, format, *modules):
     return check(prolora.Lora.open(write(family, modules, format), header)).readers
 
 
-def test_every_program_in_the_table_has_a_word_for_it_on_the_command_line():
+def test_every_program_in_the_table_and_every_format_has_a_word_for_it_on_the_command_line():
     assert set(known_loaders()) == set(get_args(ProgramName))
+    assert {"auto", *SPELLINGS} == set(get_args(FormatName))
 
 
 def test_the_table_is_what_the_counts_say():

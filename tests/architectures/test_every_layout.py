@@ -54,7 +54,9 @@ def assert_complete(base, id_):
 
 
 @pytest.mark.parametrize("id_", IN_DIFFUSERS)
-def test_as_a_diffusers_folder_whole_and_in_shards(id_, tmp_path):
+def test_as_a_diffusers_folder_whole_and_in_shards_and_as_a_file_with_the_prefix_of_its_part(
+    id_, tmp_path
+):
     part = "unet" if id_ in UNETS else "transformer"
     whole = keys(shapes_of(id_))
     sparse_file(tmp_path / "one" / part / FULL, whole)
@@ -65,6 +67,8 @@ def test_as_a_diffusers_folder_whole_and_in_shards(id_, tmp_path):
         assert len(base.files) == files and set(base.dtypes.values()) == {torch.float16}
         last = list(base.shapes)[-1]
         assert tuple(base.read(last).shape) == base.shapes[last]
+    stored = {f"{part}.{key}": shape for key, shape in whole.items()}
+    assert_complete(open_base(sparse_file(tmp_path / "x.safetensors", stored)), id_)
 
 
 @pytest.mark.parametrize(
@@ -80,13 +84,6 @@ def test_as_a_single_file_with_and_without_prefix(id_, prefix, tmp_path):
     for name in [next(iter(base.shapes)), *[n for n in base.shapes if "to_v" in n][:1]]:
         weight = base.read(name)
         assert tuple(weight.shape) == base.shapes[name] and weight.dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("id_", IN_DIFFUSERS)
-def test_as_a_file_of_diffusers_names_with_the_prefix_of_its_part(id_, tmp_path):
-    part = "unet." if id_ in UNETS else "transformer."
-    stored = {part + key: shape for key, shape in keys(shapes_of(id_)).items()}
-    assert_complete(open_base(sparse_file(tmp_path / "x.safetensors", stored)), id_)
 
 
 CLIP_L = clip(768, 12, 49408, projection=False)
@@ -140,7 +137,7 @@ def test_text_encoders_beside_a_folder_are_found_and_pickles_are_left_out(tmp_pa
 
 
 @pytest.mark.parametrize("id_", ["sdxl", "flux1-dev", "sd3-medium", "pixart-sigma"])
-def test_a_check_tells_the_architecture_in_every_form(id_, tmp_path):
+def test_a_check_tells_the_architecture_in_every_form_or_why_it_cannot_be_opened(id_, tmp_path):
     """What it says is what a transfer would open."""
     plain = sparse_file(tmp_path / "plain.safetensors", single_file(id_))
     for path in (plain, sparse_gguf(tmp_path / "x.gguf", single_file(id_))):
@@ -148,12 +145,9 @@ def test_a_check_tells_the_architecture_in_every_form(id_, tmp_path):
         assert (found.kind, found.sizes, found.reason) == ("base", (id_,), "")
         assert sum(found.modules.values()) == len(shapes_of(id_))
     assert found.format == "gguf" and prolora.check(plain).format == "single-file"
-
-
-def test_a_check_says_why_a_base_cannot_be_opened(tmp_path):
     stored = {"double_blocks.0.img_attn.qkv.weight": (25, 8), "img_in.weight": (8, 4)}
-    found = prolora.check(sparse_file(tmp_path / "x.safetensors", stored))
-    assert found.kind == "base" and found.reason and "qkv" in found.reason
+    found = prolora.check(sparse_file(tmp_path / "odd.safetensors", stored))
+    assert found.kind == "base" and "qkv" in found.reason
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])

@@ -11,38 +11,17 @@ def find_layout(shapes):
     return next(iter(identify_base(shapes).sizes), None)
 
 
-ATTENTION = {
-    "sd15": 128,
-    "sd21": 128,
-    "sdxl": 560,
-    "ssd-1b": 272,
-    "segmind-vega": 120,
-    "bk-sdm-base": 80,
-    "bk-sdm-small": 72,
-    "bk-sdm-tiny": 72,
-    "koala-1b": 240,
-    "koala-700m": 168,
-    "flux1-dev": 266,
-    "flux1-schnell": 266,
-    "flux1-fill": 266,
-    "longcat-image": 10 * 8 + 20 * 3,
-    "sd3-medium": 191,
-    "sd3.5-medium": 243,
-    "sd3.5-large": 303,
-    "pixart-alpha": 224,
-    "pixart-sigma": 224,
+# Modules of attention, and of feed-forward.
+IN_ATTENTION = {
+    **{"sd15": (128, 32), "sd21": (128, 32), "sdxl": (560, 140), "ssd-1b": (272, 68)},
+    **{"segmind-vega": (120, 30), "koala-1b": (240, 60), "koala-700m": (168, 42)},
+    **{"bk-sdm-base": (80, 20), "bk-sdm-small": (72, 18), "bk-sdm-tiny": (72, 18)},
+    **{"flux1-dev": (266, 152), "flux1-schnell": (266, 152), "flux1-fill": (266, 152)},
+    **{"sd3-medium": (191, 94), "sd3.5-medium": (243, 94), "sd3.5-large": (303, 150)},
+    **{"pixart-alpha": (224, 56), "pixart-sigma": (224, 56)},
+    "longcat-image": (10 * 8 + 20 * 3, 10 * 4 + 20 * 2),
 }
-FEED_FORWARD = {
-    "flux1-dev": 152,
-    "flux1-schnell": 152,
-    "flux1-fill": 152,
-    "longcat-image": 10 * 4 + 20 * 2,
-    "sd3-medium": 94,
-    "sd3.5-medium": 94,
-    "sd3.5-large": 150,
-    "pixart-alpha": 56,
-    "pixart-sigma": 56,
-}
+ATTENTION = {id_: attention for id_, (attention, _) in IN_ATTENTION.items()}
 # Where names do not tell attention and feed-forward apart: all matrices of the blocks.
 IN_BLOCKS = {
     "ace-step-1.5": 24 * 11,
@@ -110,16 +89,14 @@ PAIRS = {
 
 
 def test_every_layout_has_the_published_number_of_attention_modules() -> None:
-    """In a UNet a quarter as many feed-forward ones: 8 and 2 in each transformer block."""
     for id_ in (*ATTENTION, *IN_BLOCKS):
         layout = layouts.load_layout(id_)
         assert bool(layout.unnamed_stacks) == (id_ in IN_BLOCKS)
         assert bool(layout.text_encoders) == (id_ not in ENCODE_TEXT_THEMSELVES)
         assert layout.id == id_ and layout.title
     assert {id_: len(layouts.load_layout(id_).attention) for id_ in ATTENTION} == ATTENTION
-    for id_ in ATTENTION:
-        feed_forward = FEED_FORWARD.get(id_, ATTENTION[id_] // 4)
-        assert len(layouts.load_layout(id_).adapted) == ATTENTION[id_] + feed_forward
+    for id_, counts in IN_ATTENTION.items():
+        assert len(layouts.load_layout(id_).adapted) == sum(counts)
     assert {id_: len(layouts.load_layout(id_).adapted) for id_ in IN_BLOCKS} == IN_BLOCKS
 
 

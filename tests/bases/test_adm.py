@@ -82,7 +82,6 @@ NETWORKS = {
     "consistency": {},
     "guided diffusion": {"axes": (1,), "resblock_updown": False, "blocks": 2, "label": "label_emb"},
     "one ResBlock a level": {"blocks": 1},
-    "five ResBlocks a level": {"blocks": 5},
     "without attention": {"attends": False},
     "without attention, by convolutions": {"attends": False, "resblock_updown": False},
 }

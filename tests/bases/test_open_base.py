@@ -73,9 +73,8 @@ def test_a_transformer_or_a_named_part_is_found(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedFormat, match="both unet and transformer"):
         open_base(tmp_path)
     assert_opened(open_base(tmp_path, subfolder="unet"), 2)
-    write(
-        tmp_path / "text_encoder" / "model.safetensors", {"text_model.q.weight": torch.ones(2, 2)}
-    )
+    text = {"text_model.q.weight": torch.ones(2, 2)}
+    write(tmp_path / "text_encoder" / "model.safetensors", text)
     assert list(open_base(tmp_path, subfolder="text_encoder").shapes) == ["text_model.q"]
     with pytest.raises(UnsupportedFormat, match="no folder vae"):
         open_base(tmp_path, subfolder="vae")
@@ -134,22 +133,18 @@ def test_an_index_that_is_none_or_missing_is_refused(tmp_path: Path) -> None:
 
 def test_a_single_file_is_read_in_either_spelling(tmp_path: Path) -> None:
     """With and without a prefix, and plain fp8."""
-    content = tensors()
+    content, ldm = tensors(), {"first_stage_model.x.weight": torch.ones(2, 2)}
     path = write(tmp_path / "mine.safetensors", content)
-    base = open_base(path)
-    assert_opened(base)
-    assert (base.name, base.files) == ("mine.safetensors", [path])
+    assert (open_base(path).name, open_base(path).files) == ("mine.safetensors", [path])
     assert_opened(open_base(tmp_path))  # the only checkpoint of a folder
-    ldm = {
-        f"model.diffusion_model.{name_in_ldm(k.rpartition('.')[0])}.{k.rpartition('.')[2]}": t
-        for k, t in content.items()
-    }
-    assert_opened(open_base(write(path, {**ldm, "first_stage_model.x.weight": torch.ones(2, 2)})))
-    assert "input_blocks.4.1" in open_base(path).tensor_name(Q)
-    write(path, {f"unet.{k}": t for k, t in content.items()})
-    assert_opened(open_base(path))
-    write(path, {k: t.to(torch.float8_e5m2) for k, t in content.items()})
+    for key, tensor in content.items():
+        module, _, end = key.rpartition(".")
+        ldm[f"model.diffusion_model.{name_in_ldm(module)}.{end}"] = tensor
+    for stored in (content, ldm, {f"unet.{key}": tensor for key, tensor in content.items()}):
+        assert_opened(open_base(write(path, stored)))
+    write(path, {k: t.to(torch.float8_e5m2) for k, t in ldm.items()})
     assert open_base(path).read(Q).dtype == torch.float8_e5m2
+    assert "input_blocks.4.1" in open_base(path).tensor_name(Q)
     write(tmp_path / "other.safetensors", content)
     with pytest.raises(UnsupportedFormat, match=r"several checkpoints \(mine"):
         open_base(tmp_path)

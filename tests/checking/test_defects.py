@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import fused_shapes, name_in_ldm, sparse_file
-from lora_files import factors, save
+from lora_files import pair, random, save
 from safetensors.torch import load_file, save_file
 
 import prolora
@@ -29,9 +29,7 @@ def lora(tmp_path):
     tensors = {}
     for block in range(3):
         stem = f"lora_unet_down_blocks_{block}_attentions_0_proj_in"
-        up, down = factors((6, 5), 4, block)
-        tensors |= {f"{stem}.lora_up.weight": up, f"{stem}.lora_down.weight": down}
-        tensors[f"{stem}.alpha"] = torch.tensor(2.0)
+        tensors |= pair(stem, (6, 5), 4, block) | {f"{stem}.alpha": torch.tensor(2.0)}
     return save(tmp_path / "lora.safetensors", tensors)
 
 
@@ -52,23 +50,18 @@ def test_a_sound_file_has_no_defect(lora):
 
 def test_a_dora_of_ai_toolkit_without_alpha_is_read_at_scale_1_with_a_word(lora):
     """In kohya's format alone: in PEFT's its alpha is the rank."""
-
-    def rename(dotted):
-        tensors = load_file(lora)
-        for key in list(tensors):
-            value, stem = tensors.pop(key), key.partition(".")[0]
-            name = f"transformer.transformer_blocks.{stem[22]}.attn.to_q" if dotted else stem
-            tensors[f"{name}.{key.partition('.')[2]}".replace("alpha", "magnitude")] = value
-        return {k: torch.ones(6) if "magnitude" in k else t for k, t in tensors.items()}
-
-    found = check(save(lora.with_name("plain"), rename(dotted=False)))
+    plain, peft = {}, {}
+    for i in range(3):
+        stem = f"lora_unet_down_blocks_{i}_attentions_0_proj_in"
+        plain |= pair(stem, (6, 5)) | {f"{stem}.magnitude": torch.ones(6)}
+        path = f"transformer.transformer_blocks.{i}.attn.to_q"
+        peft |= pair(path, (6, 5), ends=("lora_B", "lora_A")) | {f"{path}.magnitude": torch.ones(6)}
+    found = check(plain)
     assert found.algorithms == {"lora+dora": 3}
-    assert [one.text for one in found.defects] == [
-        "ai-toolkit saves no alpha of a DoRA in kohya's format: it is read at scale 1."
-    ]
-    assert not check(save(lora.with_name("peft"), rename(dotted=True))).defects
-    tensors = rename(dotted=False) | {k: t for k, t in load_file(lora).items() if "alpha" in k}
-    assert not check(save(lora.with_name("whole"), tensors)).defects
+    words = "ai-toolkit saves no alpha of a DoRA in kohya's format: it is read at scale 1."
+    assert [one.text for one in found.defects] == [words]
+    assert not check(peft).defects
+    assert not check(plain | {k: x for k, x in load_file(lora).items() if "alpha" in k}).defects
 
 
 def follow(path, fix):
@@ -142,21 +135,19 @@ def test_a_scale_that_every_program_reads_in_its_own_way_is_told(lora):
     assert not follow(lora, defect.fix).defects
 
 
-def write_ranks(path, ranks, alphas, metadata=None, kernel=3):
+def write_ranks(path, ranks, alphas, metadata=None):
     """A LoRA whose modules have these ranks and alphas; the last is a convolution."""
-    tensors = {}
-    for i, (rank, alpha) in enumerate(zip(ranks, alphas, strict=True)):
-        stem = f"lora_unet_down_blocks_{i}_attentions_0_proj_in"
-        up, down = factors((40, 50), rank, i)
-        if i == len(ranks) - 1:
-            stem = f"lora_unet_down_blocks_{i}_resnets_0_conv1"
-            up, down = up[..., None, None], down[:, :, None, None].expand(-1, -1, kernel, kernel)
-        tensors |= {f"{stem}.lora_up.weight": up, f"{stem}.lora_down.weight": down.contiguous()}
+    places = [("attentions_0_proj_in", (40, 50))] * (len(ranks) - 1)
+    tensors, places = {}, [*places, ("resnets_0_conv1", (40, 50, 3, 3))]
+    for i, (rank, alpha, (place, shape)) in enumerate(zip(ranks, alphas, places, strict=True)):
+        stem = f"lora_unet_down_blocks_{i}_{place}"
+        tensors |= pair(stem, shape, rank, i)
         if alpha is not None:
             tensors[f"{stem}.alpha"] = torch.tensor(float(alpha))
     return save(path, tensors, metadata)
 
 
+CONV_HALF = {"ss_network_alpha": "16", "ss_network_args": '{"conv_alpha": 0.5}'}
 CONV_ALPHA = {"ss_network_alpha": "16", "ss_network_args": '{"conv_alpha": "1", "conv_dim": "32"}'}
 
 
@@ -167,12 +158,7 @@ CONV_ALPHA = {"ss_network_alpha": "16", "ss_network_args": '{"conv_alpha": "1", 
         ((2, 7, 32), (32, 32, 32), None, None),
         ((128, 128, 128), (1, 1, 1), None, None),  # kohya's default
         ((16, 16, 4), (16, 16, 4), None, None),
-        (
-            (16, 16, 32),
-            (16, 16, 0.5),
-            CONV_ALPHA | {"ss_network_args": '{"conv_alpha": 0.5}'},
-            None,
-        ),
+        ((16, 16, 32), (16, 16, 0.5), CONV_HALF, None),
         ((16, 16, 32), (None,) * 3, CONV_ALPHA, "header says 16 and 1."),
         ((16, 16, 4), (None,) * 3, {"ss_network_alpha": "16"}, None),
         ((4, 4, 16), (16, 16, 64), None, "3 of 3 updates have an unusual scale"),
@@ -237,15 +223,10 @@ def test_no_text_in_a_header_ends_a_verb_with_a_traceback(lora, key):
                 verb(lora)
 
 
-def random(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
+HALVES = {"hada_w1_a": (6, 2), "hada_w1_b": (2, 5), "hada_w2_a": (6, 2), "hada_w2_b": (2, 5)}
 OTHER_KINDS = {
     "full": {"diff": random(6, 5)},
-    "loha": {
-        f"hada_w{i}_{x}": random(*s) for i in (1, 2) for x, s in (("a", (6, 2)), ("b", (2, 5)))
-    },
+    "loha": {role: random(*shape) for role, shape in HALVES.items()},
     "lokr": {"lokr_w1": random(2, 1), "lokr_w2": random(3, 5)},
     "bias": {"diff_b": random(6)},
     "norm": {"w_norm": random(6), "b_norm": random(6, seed=1)},
@@ -310,10 +291,8 @@ def test_the_page_of_the_site_says_the_same_with_pythons_own_library_alone(lora,
     flux = fused_shapes(load_layout("flux1-dev").shapes, "flux1-dev")
     ldm = {name_in_ldm(name, sdxl): shape for name, shape in sdxl.items()}
     bases = [
-        sparse_file(
-            tmp_path / f"{i}.safetensors", {f"{start}{n}.weight": x for n, x in one.items()}
-        )
-        for i, one in enumerate((flux, ldm))
+        sparse_file(tmp_path / name, {f"{start}{n}.weight": x for n, x in one.items()})
+        for name, one in (("0.safetensors", flux), ("1.safetensors", ldm))
     ]
     package, files = tmp_path / "prolora.zip", [lora, *bases]
     hooks = runpy.run_path(str(ROOT / "docs" / "pack_doctor.py"))

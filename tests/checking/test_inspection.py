@@ -2,9 +2,7 @@ import json
 
 import pytest
 import torch
-from checkpoints import sparse_file
 from lora_files import LINEAR, adapter_of, keymaps, kohya_file, save
-from safetensors.torch import load_file
 
 import prolora
 from prolora import check
@@ -12,41 +10,22 @@ from prolora import check
 STEM = "lora_unet_mid_block_attentions_0_proj_in"
 
 
-def lora_of(model, path, rank=1, keep=lambda name: "attn" in name):
-    """A LoRA on the attention of a whole model, in kohya's spelling; factors are empty pages."""
+def lora_of(model, keep=lambda name: "attn" in name):
+    """A LoRA of rank 1 on the attention of a whole model, in kohya's spelling."""
     tensors = {}
-    for module, (kohya, _, _, shape) in keymaps()["unets"][model].items():
+    for module, (kohya, _, _, (out, inputs, *_)) in keymaps()["unets"][model].items():
         if keep(module):
-            tensors[f"{kohya}.lora_up.weight"] = torch.zeros(shape[0], rank, dtype=torch.float16)
-            down = torch.zeros(rank, shape[1], dtype=torch.float16)
-            tensors[f"{kohya}.lora_down.weight"] = down
-    return save(path, tensors)
+            tensors[f"{kohya}.lora_up.weight"] = torch.zeros(out, 1)
+            tensors[f"{kohya}.lora_down.weight"] = torch.zeros(1, inputs)
+    return tensors
 
 
-def base_of(model, path, single_file):
-    """The header of a base model, without its numbers."""
-    shapes = {}
-    for module, (_, _, ldm, shape) in keymaps()["unets"][model].items():
-        name = f"model.diffusion_model.{ldm}" if single_file else module
-        shapes[f"{name}.weight"] = tuple(shape)
-    return sparse_file(path, shapes)
-
-
-def test_sd2_is_told_from_sd1_by_the_metadata_where_names_cannot(tmp_path):
+def test_sd2_is_told_from_sd1_by_the_metadata_where_names_cannot():
     """Their self-attention has equal names and sizes."""
-    path = lora_of("sd21", tmp_path / "lora", keep=lambda name: "attn1" in name)
-    tensors = load_file(path)
+    tensors = lora_of("sd21", keep=lambda name: "attn1" in name)
     for claim, families in ("sd_v2", ("sd21",)), ("sdxl", ("sd15", "sd21")):
-        assert check(save(path, tensors, {"ss_base_model_version": claim})).families == families
-
-
-@pytest.mark.parametrize(
-    ("model", "single_file"), [("sd15", True), ("sd21", False), ("sdxl", True), ("ssd-1b", False)]
-)
-def test_a_base_model_is_told_from_a_lora(tmp_path, model, single_file):
-    found = check(base_of(model, tmp_path / "base.safetensors", single_file))
-    assert (found.kind, found.family, (not found.reason)) == ("base", model, True)
-    assert found.modules == {"unet": len(keymaps()["unets"][model])}
+        lora = prolora.Lora.open(tensors, {"ss_base_model_version": claim})
+        assert check(lora).families == families
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
@@ -74,41 +53,35 @@ LYCORIS = {
 
 
 @pytest.mark.parametrize("algorithm", LYCORIS)
-def test_every_kind_of_update_is_told_with_its_rank_and_what_it_needs(tmp_path, algorithm):
+def test_every_kind_of_update_is_told_with_its_rank_and_what_it_needs(algorithm):
     tensors = {f"{STEM}.{role}": torch.ones(shape) for role, shape in LYCORIS[algorithm].items()}
-    tensors[f"{STEM}.alpha"] = torch.tensor(1.0)
-    found = check(save(tmp_path / "lora", tensors))
+    found = check(tensors | {f"{STEM}.alpha": torch.tensor(1.0)})
     assert found.kind == "lora" and not found.reason and found.algorithms == {algorithm: 1}
     assert found.needs_base == (algorithm in ("lora+dora", "glora", "oft"))
-    assert found.parts["unet"].ranks == ({} if algorithm in ("full", "oft") else {2: 1})
     (place,) = found.parts.values()
+    assert place.ranks == ({} if algorithm in ("full", "oft") else {2: 1})
     assert place.scales == {"1" if algorithm in ("full", "oft") else "0.5": 1}
     assert place.algorithms == {algorithm: 1}
 
 
-def test_strengths_are_counted_by_place_and_what_is_left_out_by_reason(tmp_path):
-    adapter = adapter_of({**LINEAR, "text_encoder.text_model.encoder.layers.0.mlp.fc1": (6, 5)})
-    prolora.convert(adapter, out=tmp_path / "lora.safetensors")
-    (tmp_path / "lora.safetensors").rename(tmp_path / "lora")
-    tensors = load_file(tmp_path / "lora")
+def test_strengths_are_counted_by_place_and_what_is_left_out_by_reason():
+    fc1 = "text_encoder.text_model.encoder.layers.0.mlp.fc1"
+    tensors = prolora.convert(adapter_of({**LINEAR, fc1: (6, 5)})).state_dict()
     tensors["lora_te_text_model_encoder_layers_0_mlp_fc1.alpha"] = torch.tensor(1.0)
-    tensors["lora_unet_mid_block_attentions_0_norm.w_norm"] = torch.ones(3)
-    tensors["lora_unet_mid_block_attentions_0_norm.b_norm"] = torch.ones(3)
+    for role in ("w_norm", "b_norm"):
+        tensors[f"lora_unet_mid_block_attentions_0_norm.{role}"] = torch.ones(3)
     tensors["bundle_emb.trigger.clip_l"] = torch.ones(3)
-    found = check(save(tmp_path / "lora", tensors, {"ss_new_sd_model_hash": "abc"}))
-    assert {place: row.scales for place, row in found.parts.items()} == {
-        "unet": {"1": len(LINEAR)},
-        "text_encoder": {"0.25": 1},
-    }
+    found = check(prolora.Lora.open(tensors, {"ss_new_sd_model_hash": "abc"}))
+    scales = {place: row.scales for place, row in found.parts.items()}
+    assert scales == {"unet": {"1": len(LINEAR)}, "text_encoder": {"0.25": 1}}
     assert found.parts["text_encoder"].alphas == {"1": 1}
     assert found.vectors == {"bias": 1, "norm": 1} and sum(found.left_out.values()) == 1
     assert found.base_hash == "abc"
 
 
-def test_the_base_is_told_and_a_contradiction_is_shown(tmp_path):
+def test_the_base_is_told_and_a_contradiction_is_shown():
     told = {"ss_base_model_version": "sdxl_base_v1-0", "ss_sd_model_name": "xl.safetensors"}
-    path = lora_of("sd15", tmp_path / "lora.safetensors")
-    found = check(save(path, load_file(path), told))
+    found = check(prolora.Lora.open(lora_of("sd15"), told))
     assert (found.family, found.family_claimed) == ("sd15", "sdxl")
     assert found.base_model == "xl.safetensors"
     assert found.headline == "a LoRA for Stable Diffusion 1.5"

@@ -42,8 +42,14 @@ def test_the_safetensors_library_reads_what_is_written(dtype: torch.dtype, tmp_p
         assert set(file.keys()) == tensors.keys()
         for name, tensor in tensors.items():
             assert torch.equal(file.get_tensor(name).float(), tensor.float())
-    for info in SafetensorsFile(tmp_path / "x.safetensors").tensors.values():
+    ours = SafetensorsFile(tmp_path / "x.safetensors")
+    assert ours.metadata == metadata and ours.tensors.keys() == tensors.keys()
+    for name, info in ours.tensors.items():
+        back, tensor = ours.read(name), tensors[name]
         assert info.start % info.dtype.itemsize == 0
+        assert back.dtype == info.dtype == tensor.dtype
+        assert back.shape == info.shape == tensor.shape
+        assert torch.equal(*(x.reshape(-1).view(torch.uint8) for x in (back, tensor)))
 
 
 def test_one_content_gives_one_file(tmp_path: Path) -> None:

@@ -198,52 +198,23 @@ def build_hidream_o1() -> nn.Module:
     return model
 
 
+def publish_built(title: str, billions: float, build, source: str, *encoders: str) -> Published:
+    return Published(title, "", billions, source, text_encoders=encoders, build=build)
+
+
+BOOGU = "boogu-project/Boogu-Image, boogu/models/transformers; sizes as ai-toolkit has them"
+LLADA = "diffusers, pull request 14815, and ComfyUI, comfy/ldm/llada_image/model.py"
+RADIANCE = "lodestone-rock/flow and ai-toolkit, diffusion_models/chroma/src/radiance.py"
+O1 = "HiDream-ai/HiDream-O1-Image, and musubi-tuner, hidream_o1/qwen3_vl_transformers.py"
+OMNIGEN2 = "VectorSpaceLab/OmniGen2, omnigen2/models/transformers, and its transformer/config.json"
+S2V = "Wan-Video/Wan2.2, wan/configs/wan_s2v_14B.py"
 ELSEWHERE = {
-    "boogu-image": Published(
-        "Boogu-Image",
-        "",
-        10.3,
-        "boogu-project/Boogu-Image, boogu/models/transformers; sizes as ai-toolkit has them",
-        text_encoders=("qwen3-vl-8b",),
-        build=build_boogu,
+    "boogu-image": publish_built("Boogu-Image", 10.3, build_boogu, BOOGU, "qwen3-vl-8b"),
+    "llada-image": publish_built("LLaDA-Image", 6.5, build_llada, LLADA, "llada2-mini"),
+    "wan2.2-s2v-14b": publish_built("Wan 2.2 S2V 14B", 16.3, build_wan_s2v, S2V, "umt5-xxl"),
+    "chroma-radiance": publish_built(
+        "Chroma Radiance", 9.5, build_chroma_radiance, RADIANCE, "t5-xxl"
     ),
-    "llada-image": Published(
-        "LLaDA-Image",
-        "",
-        6.5,
-        "diffusers, pull request 14815, and ComfyUI, comfy/ldm/llada_image/model.py",
-        text_encoders=("llada2-mini",),
-        build=build_llada,
-    ),
-    "wan2.2-s2v-14b": Published(
-        "Wan 2.2 S2V 14B",
-        "",
-        16.3,
-        "Wan-Video/Wan2.2, wan/configs/wan_s2v_14B.py",
-        text_encoders=("umt5-xxl",),
-        build=build_wan_s2v,
-    ),
-    "chroma-radiance": Published(
-        "Chroma Radiance",
-        "",
-        9.5,
-        "lodestone-rock/flow and ai-toolkit, diffusion_models/chroma/src/radiance.py",
-        text_encoders=("t5-xxl",),
-        build=build_chroma_radiance,
-    ),
-    "hidream-o1": Published(
-        "HiDream-O1",
-        "",
-        8.2,
-        "HiDream-ai/HiDream-O1-Image, and musubi-tuner, hidream_o1/qwen3_vl_transformers.py",
-        build=build_hidream_o1,
-    ),
-    "omnigen2": Published(
-        "OmniGen2",
-        "",
-        4.0,
-        "VectorSpaceLab/OmniGen2, omnigen2/models/transformers, and its transformer/config.json",
-        text_encoders=("qwen2.5-vl-3b",),
-        build=build_omnigen2,
-    ),
+    "hidream-o1": publish_built("HiDream-O1", 8.2, build_hidream_o1, O1),
+    "omnigen2": publish_built("OmniGen2", 4.0, build_omnigen2, OMNIGEN2, "qwen2.5-vl-3b"),
 }
