@@ -5,7 +5,6 @@ import torch
 from lora_files import pair, relative_error, save
 
 import prolora
-from prolora.adapters.algorithms.forms import Form, derive_form
 
 WIDTH = 80
 
@@ -48,7 +47,7 @@ def test_norms_and_biases_keep_their_names_and_what_is_no_matrix_is_left_out_by_
         assert "could not be read and stays behind" in words
 
 
-PATCHES = "diffusion_model.patch_embedding"
+PATCHES, CORE = "diffusion_model.patch_embedding", (4, 4, 1, 2, 2)
 
 
 def volumes():
@@ -92,21 +91,25 @@ def test_an_update_of_a_convolution_over_time_is_moved_whatever_its_kind(number,
     assert relative_error(written.updates["patch_embedding"].dense(), whole.flatten(1)) < 2e-3
 
 
-SHAPES = {
-    "locon": {"up": (8, 4, 1, 1, 1), "down": (4, 16, 1, 2, 2)},
-    "tucker": {"up": (8, 4), "mid": (4, 4, 1, 2, 2), "down": (4, 16)},
+FIVE = {
+    "locon": {"lora_up.weight": (8, 4, 1, 1, 1), "lora_down.weight": (4, 16, 1, 2, 2)},
+    "tucker": {"lora_up.weight": (8, 4), "lora_down.weight": (4, 16), "lora_mid.weight": CORE},
     "loha": {f"hada_w{i}_{side}": (4, n) for i in (1, 2) for side, n in (("a", 8), ("b", 16))}
-    | {f"hada_t{i}": (4, 4, 1, 2, 2) for i in (1, 2)},
-    "lokr": {"lokr_w1": (2, 4), "lokr_w2_a": (4, 4), "lokr_w2_b": (4, 4, 1, 2, 2)},
+    | {f"hada_t{i}": CORE for i in (1, 2)},
+    "lokr": {"lokr_w1": (2, 4), "lokr_w2_a": (4, 4), "lokr_w2_b": CORE},
     "full": {"diff": (8, 16, 1, 2, 2)},
     "glora": {"a1": (16, 4), "a2": (4, 16), "b1": (8, 4, 1, 1, 1), "b2": (4, 16, 1, 2, 2)},
 }
 
 
-@pytest.mark.parametrize("kind", SHAPES)
-def test_every_kind_has_a_form_over_time_and_none_beyond(kind):
-    form = derive_form(SHAPES[kind])
-    rank = 0 if kind == "full" else 4
-    assert form == Form(kind, 8, 64, rank, (1, 2, 2))
-    beyond = {role: shape + (1,) * (len(shape) == 5) for role, shape in SHAPES[kind].items()}
-    assert derive_form(beyond) is None
+@pytest.mark.parametrize("kind", FIVE)
+def test_every_kind_is_read_over_time_and_none_beyond(kind):
+    dots = ".weight" if kind == "glora" else ""
+    tensors = {f"{PATCHES}.{role}{dots}": torch.ones(s) for role, s in FIVE[kind].items()}
+    base = {"patch_embedding.weight": torch.ones(8, 16, 1, 2, 2)}
+    adapter = prolora.convert(tensors, base).adapter
+    assert adapter.updates["patch_embedding"].shape == (8, 64)
+    assert adapter.kernels == {"patch_embedding": (1, 2, 2)}
+    beyond = {k: x[..., None] if x.dim() == 5 else x for k, x in tensors.items()}
+    with pytest.raises(prolora.ProLoRAError):
+        prolora.convert(beyond, base)

@@ -12,16 +12,14 @@ def find_layout(shapes):
 
 
 # Modules of attention, and of feed-forward.
-IN_ATTENTION = {
-    **{"sd15": (128, 32), "sd21": (128, 32), "sdxl": (560, 140), "ssd-1b": (272, 68)},
-    **{"segmind-vega": (120, 30), "koala-1b": (240, 60), "koala-700m": (168, 42)},
-    **{"bk-sdm-base": (80, 20), "bk-sdm-small": (72, 18), "bk-sdm-tiny": (72, 18)},
-    **{"flux1-dev": (266, 152), "flux1-schnell": (266, 152), "flux1-fill": (266, 152)},
-    **{"sd3-medium": (191, 94), "sd3.5-medium": (243, 94), "sd3.5-large": (303, 150)},
-    **{"pixart-alpha": (224, 56), "pixart-sigma": (224, 56)},
-    "longcat-image": (10 * 8 + 20 * 3, 10 * 4 + 20 * 2),
-}
-ATTENTION = {id_: attention for id_, (attention, _) in IN_ATTENTION.items()}
+COUNTS = {"sd15": (128, 32), "sd21": (128, 32), "sdxl": (560, 140), "ssd-1b": (272, 68)}
+COUNTS |= {"segmind-vega": (120, 30), "koala-1b": (240, 60), "koala-700m": (168, 42)}
+COUNTS |= {"bk-sdm-base": (80, 20), "bk-sdm-small": (72, 18), "bk-sdm-tiny": (72, 18)}
+COUNTS |= {"flux1-dev": (266, 152), "flux1-schnell": (266, 152), "flux1-fill": (266, 152)}
+COUNTS |= {"sd3-medium": (191, 94), "sd3.5-medium": (243, 94), "sd3.5-large": (303, 150)}
+COUNTS |= {"pixart-alpha": (224, 56), "pixart-sigma": (224, 56)}
+COUNTS |= {"longcat-image": (10 * 8 + 20 * 3, 10 * 4 + 20 * 2)}
+ATTENTION = {id_: attention for id_, (attention, _) in COUNTS.items()}
 # Where names do not tell attention and feed-forward apart: all matrices of the blocks.
 IN_BLOCKS = {
     "ace-step-1.5": 24 * 11,
@@ -95,7 +93,7 @@ def test_every_layout_has_the_published_number_of_attention_modules() -> None:
         assert bool(layout.text_encoders) == (id_ not in ENCODE_TEXT_THEMSELVES)
         assert layout.id == id_ and layout.title
     assert {id_: len(layouts.load_layout(id_).attention) for id_ in ATTENTION} == ATTENTION
-    for id_, counts in IN_ATTENTION.items():
+    for id_, counts in COUNTS.items():
         assert len(layouts.load_layout(id_).adapted) == sum(counts)
     assert {id_: len(layouts.load_layout(id_).adapted) for id_ in IN_BLOCKS} == IN_BLOCKS
 

@@ -22,9 +22,8 @@ NAMES = {
 
 @pytest.mark.parametrize("wanted", NAMES)
 def test_names_tell_the_expert_or_nothing(wanted):
-    assert {name: find_expert(name) for name in NAMES[wanted].split()} == dict.fromkeys(
-        NAMES[wanted].split(), wanted
-    )
+    for name in NAMES[wanted].split():
+        assert find_expert(name) == wanted, name
 
 
 def test_a_pipeline_of_two_transformers_has_two_experts(tmp_path):
