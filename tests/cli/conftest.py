@@ -13,6 +13,13 @@ def case(tmp_path):
 
 
 @pytest.fixture
+def line(case):
+    """The words of a transfer without those that say where to."""
+    lora, source, target = case
+    return ("transfer", lora, "--source", source, "--target", target)
+
+
+@pytest.fixture
 def prolora(monkeypatch, capsys):
     """Runs a command line; gives exit code, standard output and standard error."""
     # rich keeps the COLUMNS that a console was made with, and pytest-xdist sets it.

@@ -14,10 +14,9 @@ HEADER = {
 
 
 @pytest.fixture
-def line(case):
-    lora, source, target = case
-    save_file(lora_tensors(), lora, HEADER)
-    return "transfer", lora, "--source", source, "--target", target, "--card"
+def line(line):
+    save_file(lora_tensors(), line[1], HEADER)
+    return *line, "--card"
 
 
 def read_card(path):

@@ -11,11 +11,9 @@ from safetensors.torch import save_file
 from spectra import related
 
 
-def test_transfer_says_what_to_expect_and_the_numbers_when_asked(prolora, case, tmp_path):
-    lora, source, target = case
+def test_transfer_says_what_to_expect_and_the_numbers_when_asked(prolora, line, tmp_path):
     out, report = tmp_path / "out.safetensors", tmp_path / "report.json"
-    line = ("transfer", lora, "--source", source, "--target", target, "-o", out)
-    code, text, _ = prolora(*line, "--report", report)
+    code, text, _ = prolora(*line, "-o", out, "--report", report)
     assert code == 0 and text.startswith("⚠ This should work in part")
     for word in ("energy", "coverage", "module", "drift", "cosine", "Φ"):
         assert word not in text
@@ -44,13 +42,11 @@ def test_a_lora_that_needs_no_change_is_said_to_work_as_it_is_and_still_written(
     ]
 
 
-def test_json_is_all_that_json_prints(prolora, case, tmp_path):
-    lora, source, target = case
-    line = ("transfer", lora, "--source", source, "--target", target, "--json")
-    code, text, _ = prolora(*line, "-o", tmp_path / "out.safetensors")
+def test_json_is_all_that_json_prints(prolora, line, tmp_path):
+    code, text, _ = prolora(*line, "--json", "-o", tmp_path / "out.safetensors")
     assert code == 0
     real = json.loads(text)
-    code, text, _ = prolora(*line, "--dry-run")
+    code, text, _ = prolora(*line, "--json", "--dry-run")
     assert code == 0 and json.loads(text)["totals"].keys() == real["totals"].keys()
     assert json.loads(text)["totals"]["mapped"] == 8
 
@@ -70,13 +66,11 @@ def test_one_bad_lora_stops_no_other_and_the_exit_code_says_so(prolora, case, tm
 
 
 def test_subspaces_are_kept_in_the_default_cache_unless_told_not_to(
-    prolora, case, tmp_path, monkeypatch, aged
+    prolora, line, tmp_path, monkeypatch, aged
 ):
-    lora, source, target = case
     folder = tmp_path / "default"
     monkeypatch.setenv("PROLORA_CACHE", str(folder))
-    line = ("transfer", lora, "--source", source, "--target", target, "--method", "prolora")
-    line += ("-o", tmp_path / "out.safetensors")
+    line += ("--method", "prolora", "-o", tmp_path / "out.safetensors")
     code, _, _ = prolora(*line, "--cache=none")
     assert code == 0 and not folder.exists()
     code, _, _ = prolora(*line, "--overwrite")
@@ -149,10 +143,9 @@ def test_a_lora_is_moved_once_and_again_only_when_asked(prolora, case, tmp_path)
         assert prolora("transfer", moved, *line, *end, "--again")[0] == 0
 
 
-def test_a_report_is_a_page_where_its_name_says_so(prolora, case, tmp_path):
-    lora, source, target = case
-    out, page = tmp_path / "out.safetensors", tmp_path / "report.html"
-    line = ("transfer", lora, "--source", source, "--target", target, "-o", out, "--report", page)
+def test_a_report_is_a_page_where_its_name_says_so(prolora, line, tmp_path):
+    page = tmp_path / "report.html"
+    line += ("-o", tmp_path / "out.safetensors", "--report", page)
     code, told, _ = prolora(*line)
     text = page.read_text("utf-8")
     assert code == 0 and f"wrote {page}" in told
@@ -177,16 +170,14 @@ def test_the_page_of_several_loras_has_a_line_for_each(prolora, case, tmp_path):
     assert "1 already there, 1 failed</h1>" in page.read_text("utf-8")
 
 
-def test_an_update_that_could_not_be_read_is_no_full_success(prolora, case, tmp_path):
-    lora, source, target = case
+def test_an_update_that_could_not_be_read_is_no_full_success(prolora, line, tmp_path):
     tensors = lora_tensors()
     stem = "lora_te_text_model_encoder_layers_0_mlp_fc1"
     tensors[f"{stem}.lora_up.weight"] = torch.ones(6, 2)
     tensors[f"{stem}.lora_down.weight"] = torch.ones(2, 5)
     tensors[f"{stem}.dora_scale"] = torch.ones(6, 1)
-    save_file(tensors, lora)
-    out = tmp_path / "out.safetensors"
-    line = ("transfer", lora, "--source", source, "--target", target, "--method", "copy")
+    save_file(tensors, line[1])
+    out, line = tmp_path / "out.safetensors", (*line, "--method", "copy")
     for end in (("-o", out), ("--dry-run",), ("-o", tmp_path / "second.safetensors", "--json")):
         code, text, errors = prolora(*line, *end)
         assert code == 4 and "1 updates could not be read" in errors

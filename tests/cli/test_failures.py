@@ -15,12 +15,6 @@ OUT = ("-o", "o.safetensors")
 LONG = "x" * 300
 
 
-@pytest.fixture
-def line(case):
-    lora, source, target = case
-    return ("transfer", lora, "--source", source, "--target", target)
-
-
 @pytest.mark.parametrize(
     "words",
     [

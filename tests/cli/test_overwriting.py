@@ -12,10 +12,9 @@ FOREIGN = b"ten hours of work"
 
 
 @pytest.fixture
-def line(case, monkeypatch, tmp_path):
+def line(line, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    lora, source, target = case
-    return "transfer", lora, "--source", source, "--target", target, "--method", "copy"
+    return *line, "--method", "copy"
 
 
 def test_a_result_of_the_same_is_kept_and_its_verdict_told_again(prolora, line, tmp_path):
@@ -73,20 +72,15 @@ def test_the_files_of_a_peft_folder_are_not_replaced(prolora, line, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "words, name",
+    ("name", "asked"),
     [
-        (("transfer", "LORA", "-o", "out.safetensors", "--report", "FILE"), "report.json"),
-        (("transfer", "LORA", "-o", "out.safetensors", "--report", "FILE"), "report.html"),
-        (("transfer", "LORA", "-o", "out.safetensors", "--card"), "README.md"),
+        ("report.json", ("--report", "report.json")),
+        ("report.html", ("--report", "report.html")),
+        ("README.md", ("--card",)),
     ],
 )
-def test_a_file_that_goes_with_a_result_replaces_none(
-    prolora, case, tmp_path, monkeypatch, words, name
-):
-    monkeypatch.chdir(tmp_path)
-    lora, source, target = case
-    words = [{"LORA": lora, "FILE": name}.get(word, word) for word in words]
-    words = [*words, "--source", source, "--target", target]
+def test_a_file_that_goes_with_a_result_replaces_none(prolora, line, tmp_path, name, asked):
+    words = *line, "-o", "out.safetensors", *asked
     (tmp_path / name).write_bytes(FOREIGN)
     there = sorted(tmp_path.iterdir())
     code, _, error = prolora(*words)

@@ -5,30 +5,26 @@ import re
 import pytest
 
 
-def test_every_table_fits_80_columns(prolora, case, tmp_path, monkeypatch):
+def test_every_table_fits_80_columns(prolora, line, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    lora, source, target = case
-    out = tmp_path / "out.safetensors"
-    move = ("transfer", lora, "--source", source, "--target", target)
-    for line in (
-        (*move, "--dry-run"),
-        (*move, "--method", "prolora", "--cache=none", "-o", out),
-        ("check", lora, "--source", source, "--target", target),
-        ("check", lora),
-        ("check", source),
+    for words in (
+        (*line, "--dry-run"),
+        (*line, "--method", "prolora", "--cache=none", "-o", tmp_path / "out.safetensors"),
+        ("check", *line[1:]),
+        ("check", line[1]),
+        ("check", line[3]),
         ("doctor",),
     ):
-        code, text, _ = prolora(*line)
+        code, text, _ = prolora(*words)
         whole = ("wrote ", "prolora ", *"✔⚠✖")  # lines that the terminal breaks
         rows = [row for row in text.splitlines() if not row.startswith(whole)]
-        assert code in (0, 3) and max(map(len, rows)) <= 80, line
+        assert code in (0, 3) and max(map(len, rows)) <= 80, words
         cut = text.replace(" … ", "").replace("0…", "").replace("4…8", "")
         assert "…" not in cut or "Φ" in text
 
 
-def test_a_dry_run_shows_no_numbers_that_it_does_not_have(prolora, case):
-    lora, source, target = case
-    _, text, _ = prolora("transfer", lora, "--source", source, "--target", target, "--dry-run")
+def test_a_dry_run_shows_no_numbers_that_it_does_not_have(prolora, line):
+    _, text, _ = prolora(*line, "--dry-run")
     assert "–" not in text and "drift" not in text and "8 of 12 modules would move" in text
 
 

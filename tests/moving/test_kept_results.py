@@ -109,7 +109,7 @@ def list_places(folder, few=False):
     drawn = random.Random(0)
     for file in sorted(folder.glob("*/unet/*.safetensors"))[:: 2 if few else 1]:
         opened = SafetensorsFile(file)
-        for name, info in [*opened.tensors.items()][:: 6 if few else 1]:
+        for name, info in [*opened.tensors.items()][:: 4 if few else 1]:
             place = opened.data_start + drawn.randrange(info.start, info.stop)
             yield file, place, name.removesuffix(".weight") in FEW, name
         yield file, file.read_bytes().index(b'"pt"') + 1, True, "the header"
