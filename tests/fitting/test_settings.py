@@ -11,41 +11,20 @@ from prolora import FitOptions
 from prolora.errors import InvalidOption
 from prolora.fitting.settings import read_prompts
 
+NAN = math.nan
+WRONG: dict[str, tuple[Any, ...]] = {
+    "prompts": ("a cat", (1, 2), None),
+    **{"images": (0,), "steps": (2.0, 0), "fit_steps": (-3, 1.5), "size": (100, 0)},
+    **{"guidance": (NAN,), "target_guidance": (NAN,), "target_steps": (0,)},
+    "rank": (2.5, 0, NAN, "32"),
+    "look": (-0.1, 1.1, NAN, "both", None),
+    **{"probes": (-1,), "batch": (True,), "seed": (-1, "one"), "shown_prompts": (-1, 1.5, True)},
+    **{"text_encoder": ("project",), "format": ("zip",), "dtype": ("int8",)},
+    **{"max_memory": ("much", NAN), "max_vram": ("much", 0, True)},
+}
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("prompts", "a cat"),
-        ("prompts", (1, 2)),
-        ("prompts", None),
-        ("images", 0),
-        ("steps", 2.0),
-        ("steps", 0),
-        ("fit_steps", -3),
-        ("fit_steps", 1.5),
-        ("size", 100),
-        ("size", 0),
-        ("guidance", math.nan),
-        ("target_guidance", math.nan),
-        ("target_steps", 0),
-        ("rank", 2.5),
-        ("rank", 0),
-        ("rank", math.nan),
-        ("rank", "32"),
-        *(("look", look) for look in (-0.1, 1.1, math.nan, "both", None)),
-        ("probes", -1),
-        ("batch", True),
-        ("seed", -1),
-        ("seed", "one"),
-        *(("shown_prompts", shown) for shown in (-1, 1.5, True)),
-        ("text_encoder", "project"),
-        ("format", "zip"),
-        ("dtype", "int8"),
-        ("max_memory", "much"),
-        ("max_memory", math.nan),
-        *(("max_vram", size) for size in ("much", 0, True)),
-    ],
-)
+
+@pytest.mark.parametrize("name, value", [(n, x) for n, values in WRONG.items() for x in values])
 def test_a_setting_out_of_range_is_refused_by_name(name: str, value: Any):
     with pytest.raises(InvalidOption, match=name):
         FitOptions(**{name: value})

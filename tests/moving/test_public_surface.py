@@ -69,35 +69,17 @@ def test_options_of_another_function_are_refused_with_the_right_ones(function, k
             function(*[None] * len(needed), options=wrong)
 
 
-@pytest.mark.parametrize(
-    "name, value",
-    [
-        ("threshold", math.nan),
-        ("threshold", -0.1),
-        ("threshold", "0.5"),
-        ("max_memory", math.nan),
-        ("max_memory", math.inf),
-        ("max_memory", "a lot"),
-        ("strength", math.nan),
-        ("strength", 1e160),
-        ("strength", [1.0]),
-        ("out_rank", None),
-        ("out_rank", True),
-        ("out_rank", [8]),
-        ("out_rank", math.nan),
-        ("out_rank", 0),
-        ("out_rank", 1.0),
-        ("out_rank", "half"),
-        ("out_rank", "0%"),
-        ("method", "magic"),
-        ("text_encoder", "maybe"),
-        ("format", "zip"),
-        ("dtype", "int8"),
-        ("rank", math.nan),
-        ("rank", 0),
-        ("rank", 2.0),
-    ],
-)
+WRONG = {
+    "threshold": (math.nan, -0.1, "0.5"),
+    "max_memory": (math.nan, math.inf, "a lot"),
+    "strength": (math.nan, 1e160, [1.0]),
+    "out_rank": (None, True, [8], math.nan, 0, 1.0, "half", "0%"),
+    "rank": (math.nan, 0, 2.0),
+    **{"method": ("magic",), "text_encoder": ("maybe",), "format": ("zip",), "dtype": ("int8",)},
+}
+
+
+@pytest.mark.parametrize("name, value", [(n, x) for n, values in WRONG.items() for x in values])
 def test_an_option_that_is_none_is_refused_by_its_name(tmp_path, name, value):
     case = write_case(tmp_path)
     with pytest.raises(prolora.errors.InvalidOption, match=name):
