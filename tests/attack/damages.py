@@ -25,24 +25,9 @@ from prolora.cli.exits import ExitCode
 REFUSALS = (ExitCode.REFUSED, ExitCode.NOT_FOR_IT)
 
 EXTREMES = (0, 1, 2**16, 2**31 - 1, 2**31, 2**40, 2**63 - 1, 2**63, 2**64 - 1)
-VALUES: tuple[Any, ...] = (
-    None,
-    [],
-    {},
-    "",
-    "x",
-    "../../elsewhere",
-    "/dev/null/elsewhere",  # an absolute path at which nobody can write
-    0,
-    -1,
-    1e999,
-    True,
-    10**400,
-    "x" * 5000,
-    [[[]]],
-    {"a": {"b": None}},
-    "\x1b[31m\n",
-)
+NO_PLACE = "/dev/null/elsewhere"  # an absolute path at which nobody can write
+VALUES: tuple[Any, ...] = (None, [], {}, [[[]]], {"a": {"b": None}}, True, 0, -1, 1e999, 10**400)
+VALUES += ("", "x", "x" * 5000, "../../elsewhere", NO_PLACE, "\x1b[31m\n")
 
 
 def cut(data: bytes, random: Random, header: int) -> tuple[bytes, str]:

@@ -23,16 +23,8 @@ def bases(box: Box) -> Words:
 def transfer(box: Box, *more: object, lora: str = "lora.safetensors", verb="transfer") -> Words:
     """A transfer of a small LoRA, with a report; or a fit."""
     out = box.out / ("moved" if "peft" in lora else "moved.safetensors")
-    return [
-        verb,
-        box.inputs / lora,
-        *bases(box),
-        "-o",
-        out,
-        "--report",
-        box.out / "report.json",
-        *more,
-    ]
+    ends = [verb, box.inputs / lora, *bases(box)]
+    return [*ends, "-o", out, "--report", box.out / "report.json", *more]
 
 
 def copy(box: Box, *more: object, lora: str = "lora.safetensors") -> Words:

@@ -89,17 +89,9 @@ def sd3(folder) -> Any:
 
 
 def z_image(folder) -> Any:
-    transformer = ZImageTransformer2DModel(
-        in_channels=4,
-        dim=32,
-        n_layers=1,
-        n_refiner_layers=1,
-        n_heads=2,
-        n_kv_heads=2,
-        cap_feat_dim=16,
-        axes_dims=[4, 6, 6],
-        axes_lens=[64, 16, 16],
-    )
+    size = {"in_channels": 4, "dim": 32, "n_layers": 1, "n_refiner_layers": 1, "n_heads": 2}
+    size |= {"n_kv_heads": 2, "cap_feat_dim": 16, "axes_dims": [4, 6, 6], "axes_lens": [64, 16, 16]}
+    transformer = ZImageTransformer2DModel(**size)
     for token in (transformer.x_pad_token, transformer.cap_pad_token):
         nn.init.normal_(token)
     words = tokenizer(512)

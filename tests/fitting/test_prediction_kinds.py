@@ -5,10 +5,15 @@ from __future__ import annotations
 import itertools
 import math
 
+import diffusers
 import pytest
 import tiny_pipelines as tiny
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
+from diffusers import (
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UNet2DConditionModel,
+)
 from fitting import ask
 from torch import Tensor
 
@@ -106,21 +111,12 @@ def test_both_are_asked_where_both_say_something_of_the_image():
 
 
 def test_schedulers_say_what_their_models_predict():
-    from diffusers import (
-        DDIMScheduler,
-        DPMSolverMultistepScheduler,
-        EDMEulerScheduler,
-        EulerDiscreteScheduler,
-        SCMScheduler,
-        UniPCMultistepScheduler,
-    )
-
     def read(scheduler: object) -> NoiseSchedule:
         return NoiseSchedule.of(scheduler, "name")
 
     for made in (
-        DDIMScheduler(prediction_type="sample"),
-        DPMSolverMultistepScheduler(use_karras_sigmas=True),
+        diffusers.DDIMScheduler(prediction_type="sample"),
+        diffusers.DPMSolverMultistepScheduler(use_karras_sigmas=True),
         EulerDiscreteScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True),
     ):
         assert read(made).kind == made.config.prediction_type
@@ -128,13 +124,13 @@ def test_schedulers_say_what_their_models_predict():
     for made in (
         FlowMatchEulerDiscreteScheduler(shift=3.0),
         FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-        UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
+        diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
     ):
         assert (read(made).kind, read(made).sign) == ("flow", 1)
     with pytest.raises(UnsupportedFormat, match="SCMScheduler predicts 'trigflow'"):
-        read(SCMScheduler())
+        read(diffusers.SCMScheduler())
     for made in (
-        EDMEulerScheduler(sigma_min=0.002, sigma_max=80.0, sigma_data=0.5),
+        diffusers.EDMEulerScheduler(sigma_min=0.002, sigma_max=80.0, sigma_data=0.5),
         EulerDiscreteScheduler(timestep_type="continuous", prediction_type="v_prediction"),
         FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
     ):

@@ -150,14 +150,8 @@ def test_a_lora_beside_the_weights_is_the_lora_in_them(kind, dtype):
 
 
 def test_an_update_of_a_module_that_no_fit_can_change_is_refused_by_kind():
-    model = nn.ModuleDict(
-        {
-            "gate": nn.Bilinear(2, 2, 2),
-            "turned": nn.ConvTranspose2d(4, 4, 1),
-            "grouped": nn.Conv2d(4, 4, 3, groups=2),
-            "videos": nn.Conv3d(2, 2, 1),
-        }
-    )
+    model = nn.ModuleDict({"gate": nn.Bilinear(2, 2, 2), "turned": nn.ConvTranspose2d(4, 4, 1)})
+    model.update({"grouped": nn.Conv2d(4, 4, 3, groups=2), "videos": nn.Conv3d(2, 2, 1)})
     update = LowRank(torch.zeros(4, 1), torch.zeros(1, 4))
     for name, module in model.items():
         words = f"{name} is a {type(module).__name__}; a fit changes"

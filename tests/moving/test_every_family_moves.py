@@ -50,16 +50,12 @@ def check_equal(moved, wanted, tolerance=1e-6):
 
 def write_bases(folder, family, old, new):
     """{form: (source, target)}."""
-    ends = {form: folder / form.strip(".") for form in FORMS}
-    for there in ends.values():
-        there.mkdir()
-    return {
-        form: tuple(
-            write_base(there, name, family, weights, form)
-            for name, weights in (("old", old), ("new", new))
-        )
-        for form, there in ends.items()
-    }
+    bases = {}
+    for form in FORMS:
+        (there := folder / form.strip(".")).mkdir()
+        ends = {"old": old, "new": new}.items()
+        bases[form] = tuple(write_base(there, name, family, x, form) for name, x in ends)
+    return bases
 
 
 # SD3 fuses matrices and swaps halves, Wan has other names alone: the kinds that there are.
