@@ -46,7 +46,7 @@ def test_factors_that_do_not_multiply_and_senseless_truncations_are_refused():
     for up, down in (((3, 2), (3, 4)), ((3,), (3,)), ((2, 3, 2), (2, 4))):
         with pytest.raises(ShapeMismatch, match="do not multiply"):
             LowRank(torch.zeros(up), torch.zeros(down))
-    for options in ({"rank": 0}, {"energy": 1.5}):
+    for options in ({"rank": 0}, {"energy": 1.5}, {"energy": 0.0}):
         with pytest.raises(ValueError, match=next(iter(options))):
             random_update(4, 4, 2).truncate(**options)
 
