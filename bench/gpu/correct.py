@@ -59,6 +59,7 @@ def list_steps(bench: Bench) -> Iterator[Step]:
         yield Step(name, 6, partial(compare_spectrum, name=name))
     yield Step("128 columns", 4, compare_small_svds)
     yield Step("krylov_block", 12, compare_blocks)
+    yield Step("several chunks", 12, compare_chunks)
     yield Step("side stream", 4, use_side_stream)
     yield Step("transfer", 20, compare_transfer)
     yield Step("registers", 6, list_registers, tool="" if bench.dry else "cuobjdump")
