@@ -11,7 +11,6 @@ import pytest
 import torch
 from mini import source_weights, target_weights, write_case
 from safetensors.torch import save_file
-from torch import nn
 
 import prolora
 from prolora import open_base
@@ -19,7 +18,7 @@ from prolora.bases import leaves
 from prolora.bases.cache.basis_cache import BasisCache
 from prolora.bases.identity import describe_reads, have_equal_files, name_base
 from prolora.bases.leaves import digest_file
-from prolora.bases.pipeline_identity import describe_live_module, digest_facts
+from prolora.bases.pipeline_identity import describe_pipeline_folder, digest_facts
 from prolora.errors import OutputExists, UnsupportedFormat, WrongBase
 from prolora.files.safetensors_file import SafetensorsFile
 
@@ -192,16 +191,15 @@ def flip_each(file):
         file.write_bytes(whole)
 
 
-def test_a_model_in_memory_is_known_by_what_it_is_and_not_by_where_it_was():
-    """Its path, its commit and whether it is being trained make no other model."""
+def test_a_pipeline_is_known_by_its_settings_and_not_by_where_it_was(tmp_path):
     facts = []
-    for place in ("here", "there"):
-        model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5))
-        for tensor in model.parameters():
-            nn.init.ones_(tensor)
-        names = ("_name_or_path", "name_or_path", "_commit_hash")
-        model.config = {"width": 2} | dict.fromkeys(names, place)
-        facts.append(describe_live_module(model.train(place == "here")))
-    assert facts[0] == facts[1] and facts[0]["configuration: width"] == "2"
-    model[1].p = 0.25
-    assert digest_facts(describe_live_module(model)) != digest_facts(facts[1])
+    for place, width in (("here", 2), ("there", 2), ("here", 3)):
+        part = tmp_path / f"{place}-{width}" / "unet"
+        part.mkdir(parents=True)
+        places = dict.fromkeys(("_name_or_path", "name_or_path", "_commit_hash"), place)
+        (part / "config.json").write_text(json.dumps({"width": width} | places))
+        index = {"_class_name": "Pipeline", "unet": ["diffusers", "UNet"], "_name_or_path": place}
+        (part.parent / "model_index.json").write_text(json.dumps(index))
+        facts.append(describe_pipeline_folder(part.parent))
+    assert facts[0] == facts[1] and facts[0]["unet/config.json: width"] == "2"
+    assert digest_facts(facts[0]) != digest_facts(facts[2])

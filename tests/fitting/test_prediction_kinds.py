@@ -85,8 +85,9 @@ def test_the_best_models_of_all_kinds_give_the_same_answer(one, other):
     clean, noise = torch.randn(2, 7, 5, generator=torch.Generator().manual_seed(0)).double()
     asking = probe.Asking(side_of(one), side_of(other), {})
     ours, theirs = asking.source, asking.target
-    level = levels_within(*asking.levels)
-    level = ours.schedule.level_at(ours.schedule.time_at(level))  # times may be whole numbers
+    wanted = levels_within(*asking.levels)
+    level = ours.schedule.level_at(ours.schedule.time_at(wanted))  # times may be whole numbers
+    torch.testing.assert_close(level, wanted.double(), rtol=0, atol=1e-6)
     states = [side.mix(clean, noise, level) for side in (ours, theirs)]
     for model in (Gaussian(1), Gaussian(2)):  # the model, and with a LoRA
         mine, best = (

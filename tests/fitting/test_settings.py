@@ -14,13 +14,24 @@ from prolora.fitting.settings import read_prompts
 NAN = math.nan
 WRONG: dict[str, tuple[Any, ...]] = {
     "prompts": ("a cat", (1, 2), None),
-    **{"images": (0,), "steps": (2.0, 0), "fit_steps": (-3, 1.5), "size": (100, 0)},
-    **{"guidance": (NAN,), "target_guidance": (NAN,), "target_steps": (0,)},
+    "images": (0,),
+    "steps": (2.0, 0),
+    "fit_steps": (-3, 1.5),
+    "size": (100, 0),
+    "guidance": (NAN,),
+    "target_guidance": (NAN,),
+    "target_steps": (0,),
     "rank": (2.5, 0, NAN, "32"),
     "look": (-0.1, 1.1, NAN, "both", None),
-    **{"probes": (-1,), "batch": (True,), "seed": (-1, "one"), "shown_prompts": (-1, 1.5, True)},
-    **{"text_encoder": ("project",), "format": ("zip",), "dtype": ("int8",)},
-    **{"max_memory": ("much", NAN), "max_vram": ("much", 0, True)},
+    "probes": (-1,),
+    "batch": (True,),
+    "seed": (-1, "one"),
+    "shown_prompts": (-1, 1.5, True),
+    "text_encoder": ("project",),
+    "format": ("zip",),
+    "dtype": ("int8",),
+    "max_memory": ("much", NAN),
+    "max_vram": ("much", 0, True),
 }
 
 

@@ -143,6 +143,10 @@ def test_several_loras_are_added_with_their_strengths(tmp_path):
     bake([lora, lora], base, tmp_path / "out.safetensors", strengths=[0.5, -2.0])
     got = open_base(tmp_path / "out.safetensors").read(MODULE)
     assert torch.allclose(got, before - 1.5 * delta, atol=1e-6)
+    blocks = ["transformer_blocks.0=0.25"]
+    bake([lora], base, tmp_path / "less.safetensors", strengths=[2.0], blocks=blocks)
+    got = open_base(tmp_path / "less.safetensors").read(MODULE)
+    assert torch.allclose(got, before + 0.5 * delta, atol=1e-6)
 
 
 @pytest.mark.parametrize(("blocks", "wanted"), [(None, 1.0), (["transformer_blocks.0=0.5"], 0.5)])

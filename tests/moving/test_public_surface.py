@@ -75,7 +75,10 @@ WRONG = {
     "strength": (math.nan, 1e160, [1.0]),
     "out_rank": (None, True, [8], math.nan, 0, 1.0, "half", "0%"),
     "rank": (math.nan, 0, 2.0),
-    **{"method": ("magic",), "text_encoder": ("maybe",), "format": ("zip",), "dtype": ("int8",)},
+    "method": ("magic",),
+    "text_encoder": ("maybe",),
+    "format": ("zip",),
+    "dtype": ("int8",),
 }
 
 

@@ -28,11 +28,6 @@ def keep_some(values: Collection[Any], *kept: Any) -> list[Any]:
     return [pytest.param(v, marks=() if v in kept else pytest.mark.slow) for v in values]
 
 
-def list_families(families: Collection[str]) -> list[Any]:
-    """The families, slow but for one of each kind of table: names alone, fused, halves swapped."""
-    return keep_some(families, "flux", "sd3", "wan", "hunyuan-video", "krea2", "z-image")
-
-
 def mark_size(layout: str) -> Any:
     """Marks a case as slow unless the layout is the first size of a family."""
     firsts = {family.layouts[0] for family in known_families().values()}

@@ -1,10 +1,9 @@
-"""Programs in processes that have imported torch alone, and commands without a process."""
+"""Programs in processes that have imported torch alone."""
 
 from __future__ import annotations
 
 import json
 import os
-import shlex
 import subprocess
 import sys
 from functools import cache
@@ -64,15 +63,3 @@ def run_fresh(code: str, *arguments: object, **environment: str) -> str:
     ended, said = try_fresh(code, *arguments, **environment)
     assert ended == 0, said
     return said
-
-
-def run_here(command: str) -> list[str]:
-    """Runs a command `python -c CODE ARGUMENT...` in this process; its arguments."""
-    python, option, code, *arguments = shlex.split(command)
-    assert (python, option) == ("python", "-c")
-    before, sys.argv = sys.argv, [option, *arguments]
-    try:
-        exec(code, {"__name__": "__main__"})
-    finally:
-        sys.argv = before
-    return arguments

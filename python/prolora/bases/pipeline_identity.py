@@ -1,4 +1,4 @@
-"""Named facts that the output of a pipeline or model depends on.
+"""Named facts that the output of a pipeline depends on.
 
 Settings count by their values, all else by a digest of every byte.
 """
@@ -8,22 +8,18 @@ from __future__ import annotations
 import importlib.metadata
 import json
 from collections.abc import Mapping
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from ..errors import UnsupportedFormat, input_error
-from ..files.hashing import flatten_bytes, hash_file, hash_parts, hash_text
+from ..files.hashing import hash_file, hash_text
 from ..files.jsontext import read_json_object
 from ..version import __version__
 from .leaves import digest_file
 from .pipeline_files import PIPELINE_INDEX, UNUSED_PARTS, read_pipeline_index
 
 Facts = dict[str, str]
-"""A setting or a file or tensor -> its value, or the digest of all of it."""
+"""A setting or a file -> its value, or the digest of all of it."""
 
 _PACKAGES = ("torch", "diffusers", "transformers", "tokenizers")
 # No library reads these from a pipeline's folder when it is told to take safetensors only.
@@ -74,25 +70,6 @@ def describe_pipeline_folder(folder: Path, memory: Path | None = None) -> Facts:
     return facts
 
 
-def describe_live_module(model: nn.Module) -> Facts:
-    """Describes a model in memory: configuration, classes, constants, all weights.
-
-    The constants are what a module holds as plain numbers, texts and tuples of them under public
-    names, such as a number of heads or an epsilon.
-    """
-    config = getattr(model, "config", None) or {}
-    settings = config.to_dict() if hasattr(config, "to_dict") else dict(config)
-    facts = _list_settings("configuration: ", settings)
-    for name, module in model.named_modules():
-        plain = {k: v for k, v in vars(module).items() if not k.startswith("_") and _is_plain(v)}
-        kind = f"{type(module).__module__}.{type(module).__qualname__}"
-        facts |= _list_settings(f"{name or 'model'}: ", {"class": kind} | plain)
-    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
-        what = f"{tensor.dtype} {tuple(tensor.shape)} "
-        facts[f"weights {name}"] = hash_parts([what, flatten_bytes(tensor)])
-    return facts
-
-
 def digest_facts(facts: Mapping[str, Any]) -> str:
     """Computes SHA-256 of facts, in hexadecimal."""
     return hash_text(json.dumps(facts, sort_keys=True))
@@ -102,21 +79,9 @@ def _list_settings(prefix: str, settings: Mapping[str, Any]) -> Facts:
     """Returns setting -> its value as JSON, without what says where a model was."""
     try:
         return {
-            f"{prefix}{key}": json.dumps(value, sort_keys=True, default=_name_value)
+            f"{prefix}{key}": json.dumps(value, sort_keys=True)
             for key, value in settings.items()
-            if key not in (*_PLACES, "training")
+            if key not in _PLACES
         }
     except RecursionError as error:
         raise UnsupportedFormat(f"{prefix}is nested too deeply") from error
-
-
-def _name_value(value: Any) -> str:
-    """Writes a value without a JSON form, never as an address in memory, which changes."""
-    is_text = isinstance(value, torch.dtype | torch.device | Path)
-    return str(value) if is_text else type(value).__qualname__
-
-
-def _is_plain(value: object) -> bool:
-    if isinstance(value, tuple | list):
-        return len(value) <= 64 and all(_is_plain(item) for item in value)
-    return value is None or isinstance(value, bool | int | float | str | torch.dtype)
