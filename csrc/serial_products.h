@@ -62,7 +62,7 @@ struct WideWarp : SerialWarp {
   template <class T, class I>
   HOST_DEVICE T dot(I n, const T* x, const T* y) const {
     using V = Wide<T>;
-    V sums[2] = {V::all(0), V::all(0)};
+    V sums[2] = {};
     I i = 0;
     for (; i + 2 * V::kSize <= n; i += 2 * V::kSize) {
       sums[0].add_product(V::load(x + i), V::load(y + i));
