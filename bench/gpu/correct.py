@@ -48,7 +48,7 @@ def list_steps(bench: Bench) -> Iterator[Step]:
     """The kernels and their trials, then whole calls."""
     yield Step("doctor", 10, count_gpus)
     yield Step("kernel tests", 100, run_tests)
-    yield Step("planted rows", 12, compare_planted_rows)
+    yield Step("planted rows", 8, compare_planted_rows)
     yield Step("trials", 40, try_kernels)
     yield Step("default calls", 30, compare_default_calls)
     for i, shape in enumerate(SHAPES):  # each dtype on two of them
@@ -59,7 +59,7 @@ def list_steps(bench: Bench) -> Iterator[Step]:
         yield Step(name, 6, partial(compare_spectrum, name=name))
     yield Step("128 columns", 4, compare_small_svds)
     yield Step("krylov_block", 12, compare_blocks)
-    yield Step("several chunks", 12, compare_chunks)
+    yield Step("several chunks", 4, compare_chunks)
     yield Step("side stream", 4, use_side_stream)
     yield Step("transfer", 20, compare_transfer)
     yield Step("registers", 6, list_registers, tool="" if bench.dry else "cuobjdump")
