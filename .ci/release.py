@@ -207,9 +207,10 @@ def use_without_torch(wheel: Path, home: Path) -> list[str]:
     subprocess.run([scripts / "pip", "install", "-q", *needs], check=True)
     lora = ROOT / "examples/icon_family/weights/loras/neon.safetensors"
     done = subprocess.run([scripts / "prolora", "check", lora], cwd=home, capture_output=True)
-    # Of no known family, it is for no program: the exit code says so.
-    described = b"rank 16" in done.stdout
-    return [] if described else [f"`check` without torch: {done.stderr.decode(errors='replace')}"]
+    # 3: it is of no known family, and no base is given.
+    if done.returncode == 3 and b"rank 16" in done.stdout:
+        return []
+    return [f"`check` without torch: {done.stderr.decode(errors='replace')}"]
 
 
 def use(archive: Path, models: Path, home: Path) -> list[str]:

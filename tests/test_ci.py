@@ -151,7 +151,7 @@ def test_a_run_in_which_nothing_fails_takes_every_step_and_ends_with_the_tests(b
     assert lines[-1].startswith("pytest -n auto") and "tests/core/test_a.py" in lines[-2]
     assert "pytest --benchmark-disable bench" in lines
     assert (tmp_path / "prolora").read_text().split("\n")[:-1] == [
-        "prolora doctor",
+        *["prolora doctor"] * 2,
         "prolora demo --target pruned",
     ]
     assert not (ROOT / "prolora-demo").exists()

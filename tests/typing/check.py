@@ -31,11 +31,17 @@ def ask_mypy(python: str) -> set[int]:
     """The lines in which mypy finds errors."""
     with tempfile.TemporaryDirectory() as cache:
         words = ["-m", "mypy", "--strict", "--no-error-summary", "--python-executable", python]
-        # torch takes half a minute, unless mypy has read it before by the same settings.
-        words += ["--config-file", str(SETTINGS)]
-        words += ["--cache-dir", os.environ.get("MYPY_CACHE_DIR", cache), str(CALLER)]
+        if known := os.environ.get("MYPY_CACHE_DIR"):
+            # What mypy read of torch with our settings serves those alone, and saves a minute.
+            words += ["--cache-dir", known, "--config-file", str(SETTINGS)]
+        else:
+            words += ["--cache-dir", cache]
         run = subprocess.run(
-            [sys.executable, *words], cwd=cache, capture_output=True, text=True, check=False
+            [sys.executable, *words, str(CALLER)],
+            cwd=cache,
+            capture_output=True,
+            text=True,
+            check=False,
         )
     found = re.findall(rf"{re.escape(CALLER.name)}:(\d+): error", run.stdout)
     if run.returncode > 1 or (run.returncode and not found):
