@@ -47,8 +47,8 @@ LAYER = "text_model.encoder.layers.3"
     ],
 )
 def test_every_spelling_of_a_layer_is_read(path, ends, module):
-    found = prolora.convert(pair(path, (6, 5), ends=ends)).adapter.updates
-    assert list(found) == [f"text_encoder.{module}" if module.startswith("text") else module]
+    updates = prolora.convert(pair(path, (6, 5), ends=ends)).adapter.updates
+    assert list(updates) == [f"text_encoder.{module}" if module.startswith("text") else module]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.float8_e5m2])
@@ -215,11 +215,13 @@ def test_a_foreign_tensor_among_many_that_are_known_is_left_out_by_name():
     tensors = pair("zzz", (7, 5), rank=3) | {"emb.weight": torch.ones(2, 2)}
     for i in range(3):
         tensors |= pair(f"lora_unet_down_blocks_{i}_attentions_0_proj_in", (6, 5))
-    made = prolora.convert(tensors)
-    assert len(made.adapter.updates) == 3
-    assert {*made.report.unread} == {"emb.weight", "zzz"}
+    converted = prolora.convert(tensors)
+    assert len(converted.adapter.updates) == 3
+    assert {*converted.report.unread} == {"emb.weight", "zzz"}
     # Both may be updates, and count as skipped in the coverage.
-    rows = {row.source: (*row.shape, row.rank_in) for row in made.report.modules if not row.target}
+    rows = {
+        row.source: (*row.shape, row.rank_in) for row in converted.report.modules if not row.target
+    }
     assert rows == {"emb.weight": (2, 2, 1), "zzz": (7, 5, 3)}
 
 

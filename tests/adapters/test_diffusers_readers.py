@@ -144,5 +144,5 @@ def test_what_diffusers_reads_with_its_rows_in_another_order_is_not_called_whole
     lora = write("flux2", {last: LowRank(torch.ones(12288, 1), torch.ones(1, 6144))}, format)
     usual = write("flux2", make_updates("flux2-dev"), format)
     for tensors, fallen in ((lora, "none"), (lora | usual, "part")):
-        found = prolora.check(prolora.Lora.open(tensors, {"ss_base_model_version": "flux2"}))
-        assert "diffusers" in getattr(found.readers, "whole" if right else fallen)
+        checked = prolora.check(prolora.Lora.open(tensors, {"ss_base_model_version": "flux2"}))
+        assert "diffusers" in getattr(checked.readers, "whole" if right else fallen)

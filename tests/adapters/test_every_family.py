@@ -38,10 +38,10 @@ def make_updates(layout):
 def test_a_lora_keeps_its_family_and_updates_in_every_spelling(family, layout, format):
     updates = make_updates(layout)
     written = prolora.convert(adapter_for(family, updates), format=format).state_dict()
-    made = prolora.convert(written)
-    assert made.adapter.updates.keys() == updates.keys()
+    converted = prolora.convert(written)
+    assert converted.adapter.updates.keys() == updates.keys()
     for name, update in updates.items():
-        assert measure_difference(made.adapter.updates[name], update) <= 1e-6, name
-    assert made.adapter.format == format and not made.report.left_out
+        assert measure_difference(converted.adapter.updates[name], update) <= 1e-6, name
+    assert converted.adapter.format == format and not converted.report.left_out
     assert prolora.check(written).family in (None, family)
-    assert made.state_dict().keys() == written.keys()
+    assert converted.state_dict().keys() == written.keys()

@@ -67,15 +67,15 @@ def write_lora(layout, family, format, keep):
     ],
 )
 def test_a_block_beyond_the_last_one_of_a_family_is_of_another(names, width, families):
-    found = ask(dict.fromkeys(names, (width, width))).families
-    assert set(families.split()) <= set(found) and (families or not found)
+    answer = ask(dict.fromkeys(names, (width, width))).families
+    assert set(families.split()) <= set(answer) and (families or not answer)
 
 
 def test_a_module_beside_the_blocks_of_other_channels_hides_no_family():
     shapes = load_layout("wan-t2v-14b").shapes.items()
     known = {n: matrix_shape(s) for n, s in shapes if n.startswith("blocks.")}
-    found = ask(known | {"patch_embedding": (5120, 37)})
-    assert found.families == ("wan",) and "wan-t2v-14b" in found.sizes
+    answer = ask(known | {"patch_embedding": (5120, 37)})
+    assert answer.families == ("wan",) and "wan-t2v-14b" in answer.sizes
 
 
 def test_metadata_decide_between_families_of_equal_sizes_and_add_no_other():
@@ -126,26 +126,26 @@ def test_the_text_encoder_of_anima_is_read_and_written_by_every_name(format):
     }
     tensors = spell_lora(shapes, underscored("") if format == "kohya" else dotted(""))
     tensors = {key: torch.ones(x.shape) for key, x in tensors.items()}
-    made = prolora.convert(prolora.Lora.open(tensors, {"ss_base_model_version": "anima"}))
+    converted = prolora.convert(prolora.Lora.open(tensors, {"ss_base_model_version": "anima"}))
     names = ["transformer_blocks.0.attn1.to_q", *(f"text_encoder.{name}" for name in inside)]
-    assert list(made.adapter.updates) == names and not made.report.left_out
-    assert made.adapter.model.family == "cosmos"
-    assert {key for key in made.state_dict() if not key.endswith("alpha")} == tensors.keys()
-    others = {name: made.state_dict(name) for name in ANIMA}
+    assert list(converted.adapter.updates) == names and not converted.report.left_out
+    assert converted.adapter.model.family == "cosmos"
+    assert {key for key in converted.state_dict() if not key.endswith("alpha")} == tensors.keys()
+    others = {name: converted.state_dict(name) for name in ANIMA}
     for name, other in others.items():
         assert any(key.startswith(ANIMA[name][1]) for key in other)
     scripts = {
         k.replace("text_encoder.", "text_encoder.qwen3."): t for k, t in others["diffusers"].items()
     }
-    assert prolora.convert(scripts).adapter.updates.keys() == made.adapter.updates.keys()
+    assert prolora.convert(scripts).adapter.updates.keys() == converted.adapter.updates.keys()
 
 
 def test_a_lora_without_modulation_is_for_flux_or_chroma_and_not_for_hunyuan_video():
     adapted = set(load_layout("flux1-dev").adapted)
-    found = check(write_lora("flux1-dev", "flux", "kohya", adapted.__contains__))
-    assert found.families == ("flux", "chroma")
-    assert "Forge" in found.readers.whole  # which has both
-    assert "InvokeAI" not in found.readers.part + found.readers.none  # which reads FLUX.1 whole
+    checked = check(write_lora("flux1-dev", "flux", "kohya", adapted.__contains__))
+    assert checked.families == ("flux", "chroma")
+    assert "Forge" in checked.readers.whole  # which has both
+    assert "InvokeAI" not in checked.readers.part + checked.readers.none  # which reads FLUX.1 whole
 
 
 def test_a_lokr_has_the_shape_of_its_product():
@@ -160,17 +160,17 @@ def test_a_lokr_has_the_shape_of_its_product():
     ("layout", "part"), [("ltx2", ".audio_attn1"), ("ideogram4", ".feed_forward")]
 )
 def test_modules_that_everybody_calls_the_same_leave_the_file_in_comfyuis_format(layout, part):
-    found = check(write_lora(layout, layout, "comfy", lambda name: part in name))
-    assert found.family == layout and "ComfyUI" in found.readers.whole
-    assert "diffusers" in found.readers.whole + found.readers.part
+    checked = check(write_lora(layout, layout, "comfy", lambda name: part in name))
+    assert checked.family == layout and "ComfyUI" in checked.readers.whole
+    assert "diffusers" in checked.readers.whole + checked.readers.part
 
 
 def test_the_prefix_of_diffsynths_pipelines_is_cut_off():
     shapes = {f"blocks.{i}.self_attn.q": (5120, 5120) for i in range(4)}
     name_key, sides = dotted("pipe.dit.")
     spelling = lambda name: name_key(name).replace(".weight", ".default.weight"), sides
-    found = ask(shapes, spelling=spelling)
-    assert found.family == "wan" and not found.reason
+    answer = ask(shapes, spelling=spelling)
+    assert answer.family == "wan" and not answer.reason
     moved = prolora.convert(spell_lora(shapes, spelling), format="comfy").state_dict()
     assert "diffusion_model.blocks.3.self_attn.q.lora_A.weight" in moved
 
@@ -179,16 +179,16 @@ def test_what_one_program_reads_makes_no_family_certain():
     """A first block's attention as OneTrainer spells it; Qwen-Image has the same shapes."""
     leaves = ("to_q", "to_k", "to_v", "add_q_proj")
     shapes = {f"transformer_blocks.0.attn.{leaf}": (3072, 3072) for leaf in leaves}
-    found = ask(shapes, spelling=underscored("lora_transformer_"))
-    assert found.family is None and {"flux", "qwen-image"} <= set(found.families)
+    answer = ask(shapes, spelling=underscored("lora_transformer_"))
+    assert answer.family is None and {"flux", "qwen-image"} <= set(answer.families)
     claimed = ask(shapes, "qwen-image", underscored("lora_transformer_"))
     assert claimed.families == ("qwen-image",)
 
 
 def test_nobody_is_said_to_read_a_kind_that_was_not_tried():
     key = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k"
-    found = check({f"{key}.lokr_w1": torch.ones(4, 4), f"{key}.lokr_w2": torch.ones(160, 512)})
-    assert found.family == "sdxl" and found.readers == (("ComfyUI",), (), ("diffusers",), ())
+    checked = check({f"{key}.lokr_w1": torch.ones(4, 4), f"{key}.lokr_w2": torch.ones(160, 512)})
+    assert checked.family == "sdxl" and checked.readers == (("ComfyUI",), (), ("diffusers",), ())
 
 
 @pytest.mark.parametrize(
@@ -206,9 +206,9 @@ def test_nobody_is_said_to_read_a_kind_that_was_not_tried():
 )
 def test_trainers_spellings_of_hidream_o1_and_omnigen2_are_recognised(layout, spelling):
     adapted = set(load_layout(layout).adapted)
-    found = ask(list_shapes(layout, adapted.__contains__), spelling=spelling)
-    assert found.families == (layout,)
-    assert not found.reason and set(found.modules) == {"transformer"}
+    answer = ask(list_shapes(layout, adapted.__contains__), spelling=spelling)
+    assert answer.families == (layout,)
+    assert not answer.reason and set(answer.modules) == {"transformer"}
 
 
 def test_musubis_hidream_o1_keeps_its_spelling_and_comfyuis_gets_no_prefix():
@@ -216,19 +216,19 @@ def test_musubis_hidream_o1_keeps_its_spelling_and_comfyuis_gets_no_prefix():
     shapes = list_shapes("hidream-o1", adapted.__contains__)
     lora = spell_lora(shapes, underscored("lora_unet_model_"))
     assert {"musubi-tuner", "ComfyUI"} <= {*check(lora).readers.none}  # musubi wants alphas
-    made = prolora.convert(lora)
-    assert "musubi-tuner" in check(made.state_dict()).readers.whole
-    assert all(key.startswith("lora_unet_model_") for key in made.state_dict())
+    converted = prolora.convert(lora)
+    assert "musubi-tuner" in check(converted.state_dict()).readers.whole
+    assert all(key.startswith("lora_unet_model_") for key in converted.state_dict())
     key = "diffusion_model.language_model.layers.0.mlp.up_proj.lora_A.weight"
-    assert key in made.state_dict("comfyui")
+    assert key in converted.state_dict("comfyui")
 
 
 def test_blocks_of_chroma_are_also_those_of_its_radiance():
     blocks = write_lora("chroma-radiance", "chroma", "comfy", lambda n: "transformer_blocks." in n)
-    found = check(blocks)
-    assert "chroma" in found.families and "ComfyUI" in found.readers.whole
-    found = check(write_lora("chroma-radiance", "chroma", "comfy", lambda name: "nerf" in name))
-    assert found.families == ("chroma",) and "Forge" in found.readers.none
+    checked = check(blocks)
+    assert "chroma" in checked.families and "ComfyUI" in checked.readers.whole
+    checked = check(write_lora("chroma-radiance", "chroma", "comfy", lambda name: "nerf" in name))
+    assert checked.families == ("chroma",) and "Forge" in checked.readers.none
 
 
 @pytest.mark.parametrize("layout", ["cogvideox-2b", "cogvideox1.5-5b"])

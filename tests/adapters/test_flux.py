@@ -226,24 +226,24 @@ def test_every_module_has_its_name_and_rows_in_every_spelling():
 )
 def test_diffusers_reads_what_is_written(format, dtype):
     tensors = kohya_flux(alpha=ALPHAS["half the rank"])
-    made = prolora.convert(tensors, format=format, dtype=dtype)
+    converted = prolora.convert(tensors, format=format, dtype=dtype)
     tolerance = max(8 * torch.finfo(dtype).eps, 1e-6)
-    same(prolora.convert(made.state_dict()).adapter, made.adapter.updates, tolerance)
+    same(prolora.convert(converted.state_dict()).adapter, converted.adapter.updates, tolerance)
     if format == "kohya":  # the ranks of fused weights are kept
         further = {f"lora_unet_final_layer_{x}.alpha" for x in ("linear", "adaLN_modulation_1")}
-        assert made.state_dict().keys() - tensors.keys() == further
-        assert all(made.state_dict()[key].shape == tensors[key].shape for key in tensors)
+        assert converted.state_dict().keys() - tensors.keys() == further
+        assert all(converted.state_dict()[key].shape == tensors[key].shape for key in tensors)
     # A transfer changes q, k and v apart from each other, and may leave one of them out.
     updates = {
         name: LowRank(update.up, update.down + 0.1 * i)
-        for i, (name, update) in enumerate(made.adapter.updates.items())
+        for i, (name, update) in enumerate(converted.adapter.updates.items())
         if name not in ("transformer_blocks.3.attn.add_k_proj", "norm_out.linear")
     }
-    moved = prolora.convert(made.adapter.with_updates(updates), format=format, dtype=dtype)
-    found = through_diffusers(moved.state_dict())
-    left_over = found.pop("transformer_blocks.3.attn.add_k_proj", None)
+    moved = prolora.convert(converted.adapter.with_updates(updates), format=format, dtype=dtype)
+    converted = through_diffusers(moved.state_dict())
+    left_over = converted.pop("transformer_blocks.3.attn.add_k_proj", None)
     assert left_over is None or left_over.norm() == 0
-    same(moved.adapter.with_updates(found), updates, tolerance)
+    same(moved.adapter.with_updates(converted), updates, tolerance)
 
 
 @pytest.mark.parametrize("smallest", [1e-3, 1e-6, 1e-9])
@@ -319,9 +319,9 @@ def test_kohya_asked_for_by_name_has_kohyas_own_names(prefix):
     tensors = {}
     for seed, stem in enumerate(stems):
         tensors |= pair(stem, (WIDTH, WIDTH), 1, seed)
-    made = prolora.convert(prolora.Lora.open(tensors, {"ss_base_model_version": "flux1"}))
+    converted = prolora.convert(prolora.Lora.open(tensors, {"ss_base_model_version": "flux1"}))
     fused = ["lora_unet_double_blocks_0_img_attn_qkv"]
     for format, paths in (("auto", stems), ("kohya", fused)):
-        found = prolora.convert(made.adapter, format=format).state_dict()
-        assert {key.partition(".")[0] for key in found} == {*paths}
-        same(prolora.convert(found).adapter, made.adapter.updates)
+        converted = prolora.convert(converted.adapter, format=format).state_dict()
+        assert {key.partition(".")[0] for key in converted} == {*paths}
+        same(prolora.convert(converted).adapter, converted.adapter.updates)

@@ -28,11 +28,11 @@ def test_a_fused_update_is_split_into_those_of_its_parts(prefix, kind):
     tensors, update = KINDS[kind]
     path = f"{prefix}{STEM}qkv" if prefix[-1] == "." else (prefix + f"{STEM}qkv").replace(".", "_")
     lora = prolora.Lora.open({f"{path}.{name}": x for name, x in tensors.items()}, HEADER)
-    made = prolora.convert(lora)
-    found = made.adapter.updates
-    assert list(found) == [f"{STEM}{part}" for part in "qkv"] and not made.report.left_out
+    converted = prolora.convert(lora)
+    updates = converted.adapter.updates
+    assert list(updates) == [f"{STEM}{part}" for part in "qkv"] and not converted.report.left_out
     for part, rows in zip("qkv", update.split(OUT), strict=True):
-        assert torch.allclose(found[f"{STEM}{part}"].dense(), rows, atol=1e-4)
+        assert torch.allclose(updates[f"{STEM}{part}"].dense(), rows, atol=1e-4)
 
 
 def test_a_fused_dora_is_scaled_row_by_row_of_its_parts_weights():
@@ -40,9 +40,9 @@ def test_a_fused_dora_is_scaled_row_by_row_of_its_parts_weights():
     scale = random(3 * OUT, 1, seed=9).abs()
     tensors = {f"transformer.{STEM}qkv.{role}": x for role, x in PEFT.items()}
     tensors |= {f"transformer.{STEM}qkv.dora_scale": scale}
-    found = prolora.convert(prolora.Lora.open(tensors, HEADER), weights).adapter.updates
+    updates = prolora.convert(prolora.Lora.open(tensors, HEADER), weights).adapter.updates
     whole = torch.cat(list(weights.values())).double()
     merged = whole + UP.double() @ DOWN.double()
     wanted = scale * merged / merged.norm(dim=1, keepdim=True) - whole
     for part, rows in zip("qkv", wanted.split(OUT), strict=True):
-        assert torch.allclose(found[f"{STEM}{part}"].dense().double(), rows, atol=1e-4)
+        assert torch.allclose(updates[f"{STEM}{part}"].dense().double(), rows, atol=1e-4)

@@ -120,9 +120,9 @@ def test_an_update_is_what_the_layer_of_lycoris_does(kind, alpha, dtype):
     rounding = 2e-6 * max(1.0, (base.weight.norm() / effect(module, base).norm()).item())
     assert relative_error(adapter.updates[where].dense(), effect(module, base)) < rounding
     # Headers alone report the same: kind, shape and kernel.
-    found = prolora.check(tensors, base={where: base.weight.detach()})
-    assert found.algorithms == {made.report.modules[0].reason: 1} == {kind_of(kind): 1}
-    assert found.base_match.answer == "fits"
+    checked = prolora.check(tensors, base={where: base.weight.detach()})
+    assert checked.algorithms == {made.report.modules[0].reason: 1} == {kind_of(kind): 1}
+    assert checked.base_match.answer == "fits"
 
 
 @pytest.mark.parametrize(
@@ -269,12 +269,12 @@ def test_a_folder_of_peft_is_what_its_merge_adds(tmp_path, kind):
             if "magnitude" in name:
                 parameter.mul_(1 + 0.1 * torch.randn(parameter.shape, generator=generator))
     model.save_pretrained(tmp_path)
-    made = prolora.convert(tmp_path, weights)
+    converted = prolora.convert(tmp_path, weights)
     merged = model.merge_and_unload()
-    assert set(made.adapter.updates) == set(targets)
+    assert set(converted.adapter.updates) == set(targets)
     kinds = {"lora+dora", "locon+dora"} if method == "Lora" else {method.lower()}
-    assert {row.reason for row in made.report.modules} == kinds
-    for name, update in made.adapter.updates.items():
+    assert {row.reason for row in converted.report.modules} == kinds
+    for name, update in converted.adapter.updates.items():
         wanted = merged.get_submodule(name).weight.detach().double() - weights[name].double()
         rounding = 2e-6 + 2e-7 * float(weights[name].norm() / wanted.norm())  # of the merge
         assert relative_error(update.dense().double(), wanted.flatten(1)) < rounding

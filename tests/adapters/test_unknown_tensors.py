@@ -88,8 +88,12 @@ MANY = [f".gain{i}" for i in range(7)]  # they are of the update, and not most o
 
 @pytest.mark.parametrize("suffixes", [[".gain"], ["_gain"], ["_gain.weight"], MANY])
 def test_a_tensor_beside_an_update_refuses_it_however_its_name_is_joined(suffixes):
-    made = prolora.convert(two_modules() | {f"{KOHYA}{suffix}": random(6) for suffix in suffixes})
-    assert list(list_refused(made)) == [PROJ_IN] and set(made.adapter.updates) == {PROJ_OUT}
+    converted = prolora.convert(
+        two_modules() | {f"{KOHYA}{suffix}": random(6) for suffix in suffixes}
+    )
+    assert list(list_refused(converted)) == [PROJ_IN] and set(converted.adapter.updates) == {
+        PROJ_OUT
+    }
 
 
 def toolkit_dora(out=48, inputs=36):
@@ -114,14 +118,14 @@ def toolkit_dora(out=48, inputs=36):
 @pytest.mark.parametrize("shape", [(48, 36), (40, 40)])
 def test_a_dora_of_ai_toolkit_is_what_its_layer_does(shape):
     base, tensors, updates = toolkit_dora(*shape)
-    found = prolora.check(tensors)
-    assert found.algorithms == {"lora+dora": 3} and found.needs_base and not found.reason
-    made = prolora.convert(tensors, base)
+    checked = prolora.check(tensors)
+    assert checked.algorithms == {"lora+dora": 3} and checked.needs_base and not checked.reason
+    converted = prolora.convert(tensors, base)
     moved = prolora.transfer(tensors, base, base, method="copy", again=True)
-    assert moved.report.coverage == 1 and not made.report.left_out
-    assert made.adapter.updates.keys() == updates.keys()
+    assert moved.report.coverage == 1 and not converted.report.left_out
+    assert converted.adapter.updates.keys() == updates.keys()
     for name, wanted in updates.items():
-        assert relative_error(made.adapter.updates[name].dense(), wanted) < 1e-5
+        assert relative_error(converted.adapter.updates[name].dense(), wanted) < 1e-5
         assert relative_error(moved.adapter.updates[name].dense(), wanted) < 1e-3
     with pytest.raises(UnsupportedFormat, match=r"to_\w is rescaled .*\(DoRA\).*give the base"):
         prolora.convert(tensors)
@@ -191,9 +195,9 @@ SUFFIXES = ["lora_gate", "lora_magnitude", "weight", "bias", "lora_A.turbo.weigh
 def test_an_update_with_an_unknown_tensor_is_refused_by_name_and_no_other(suffix):
     lora = two_modules(**{suffix: random(6)})
     for how in ({"method": "copy"}, {"dry_run": True}):
-        found = prolora.transfer(lora, BASE, BASE, again=True, **how).report
-        assert found.coverage == 0.5 and found.totals["refused"] == 1
-        (row,) = (row for row in found.modules if row.status == "refused")
+        moved = prolora.transfer(lora, BASE, BASE, again=True, **how).report
+        assert moved.coverage == 0.5 and moved.totals["refused"] == 1
+        (row,) = (row for row in moved.modules if row.status == "refused")
         assert row.source == PROJ_IN and repr(suffix) in row.reason
         assert (row.shape, row.rank_in) == ((6, 5), 4)
     assert any(repr(suffix) in reason for reason in prolora.check(lora).left_out)

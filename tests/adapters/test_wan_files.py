@@ -29,11 +29,13 @@ NO_MATRICES = {
 
 def test_norms_and_biases_keep_their_names_and_what_is_no_matrix_is_left_out_by_name(tmp_path):
     tensors = wan_file()
-    made = prolora.convert(tensors | NO_MATRICES)
-    assert made.adapter.model.family == "wan"
-    assert made.report.left_out.keys() | {*made.report.unread} == NO_MATRICES.keys()
-    assert "blocks.0.attn1.to_q" in made.adapter.updates and len(made.adapter.vectors) == 12
-    written = made.state_dict()
+    converted = prolora.convert(tensors | NO_MATRICES)
+    assert converted.adapter.model.family == "wan"
+    assert converted.report.left_out.keys() | {*converted.report.unread} == NO_MATRICES.keys()
+    assert (
+        "blocks.0.attn1.to_q" in converted.adapter.updates and len(converted.adapter.vectors) == 12
+    )
+    written = converted.state_dict()
     for key, tensor in tensors.items():
         if key.endswith(("diff", "diff_b")):
             suffixes = (".diff_b", ".b_norm") if key.endswith("_b") else (".w_norm",)
@@ -70,11 +72,11 @@ def test_an_update_of_a_convolution_over_time_is_moved_whatever_its_kind(number,
     tensors, whole = list(volumes())[number]
     tensors = {f"{PATCHES}.{suffix}": tensor for suffix, tensor in tensors.items()}
     tensors |= {f"{PATCHES}.diff_b": torch.randn(WIDTH)}
-    made = prolora.convert(wan_file() | tensors)
-    adapter = made.adapter
-    assert not made.report.left_out and adapter.kernels == {"patch_embedding": (1, 2, 2)}
+    converted = prolora.convert(wan_file() | tensors)
+    adapter = converted.adapter
+    assert not converted.report.left_out and adapter.kernels == {"patch_embedding": (1, 2, 2)}
     assert relative_error(adapter.updates["patch_embedding"].dense(), whole.flatten(1)) < 1e-6
-    written = made.state_dict()
+    written = converted.state_dict()
     up, down = (written[f"{PATCHES}.lora_{role}.weight"] for role in "BA")
     assert up.shape[2:] == (1, 1, 1) and down.shape[1:] == (16, 1, 2, 2)  # as PEFT's Conv3d
     lora = save(tmp_path / "wan.safetensors", wan_file() | tensors)

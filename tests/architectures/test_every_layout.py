@@ -141,13 +141,13 @@ def test_a_check_tells_the_architecture_in_every_form_or_why_it_cannot_be_opened
     """What it says is what a transfer would open."""
     plain = sparse_file(tmp_path / "plain.safetensors", single_file(id_))
     for path in (plain, sparse_gguf(tmp_path / "x.gguf", single_file(id_))):
-        found = prolora.check(path)
-        assert (found.kind, found.sizes, found.reason) == ("base", (id_,), "")
-        assert sum(found.modules.values()) == len(shapes_of(id_))
-    assert found.format == "gguf" and prolora.check(plain).format == "single-file"
+        checked = prolora.check(path)
+        assert (checked.kind, checked.sizes, checked.reason) == ("base", (id_,), "")
+        assert sum(checked.modules.values()) == len(shapes_of(id_))
+    assert checked.format == "gguf" and prolora.check(plain).format == "single-file"
     stored = {"double_blocks.0.img_attn.qkv.weight": (25, 8), "img_in.weight": (8, 4)}
-    found = prolora.check(sparse_file(tmp_path / "odd.safetensors", stored))
-    assert found.kind == "base" and "qkv" in found.reason
+    checked = prolora.check(sparse_file(tmp_path / "odd.safetensors", stored))
+    assert checked.kind == "base" and "qkv" in checked.reason
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])

@@ -192,8 +192,8 @@ def test_a_basis_of_a_file_that_was_written_to_since_is_not_found(tmp_path):
     file.write_bytes(content.replace(source_weights()[name].numpy().tobytes()[:64], b"\0" * 64))
     os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
     base = prolora.open_base(folder)
-    found = compute_of(tmp_path / "cache", base, modules=[name])
-    same(found, compute(tmp_path / "new", base.read(name)[None]))
+    computed = compute_of(tmp_path / "cache", base, modules=[name])
+    same(computed, compute(tmp_path / "new", base.read(name)[None]))
 
 
 def test_a_basis_is_found_again_by_the_weight_in_whatever_file_it_is(tmp_path, monkeypatch):

@@ -27,13 +27,13 @@ def test_names_tell_the_expert_or_nothing(wanted):
 
 
 def test_a_pipeline_of_two_transformers_has_two_experts(tmp_path):
-    found = prolora.open_experts(write_pipeline(tmp_path / "wan22"))
-    names = {name: base.name for name, base in found.items()}
+    experts = prolora.open_experts(write_pipeline(tmp_path / "wan22"))
+    names = {name: base.name for name, base in experts.items()}
     assert names == {HIGH: "wan22/transformer", LOW: "wan22/transformer_2"}
     name = "blocks.0.attn1.to_q"
-    for seed, base in enumerate(found.values(), 1):
+    for seed, base in enumerate(experts.values(), 1):
         assert torch.equal(base.read(name), expert(seed)[f"{name}.weight"])
-    assert prolora.open_experts(found) is found
+    assert prolora.open_experts(experts) is experts
     memory = prolora.open_experts([expert(1), expert(2)])  # in the order of their use
     assert list(memory) == [HIGH, LOW]
     assert torch.equal(memory[LOW].read(name), expert(2)[f"{name}.weight"])

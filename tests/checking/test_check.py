@@ -101,8 +101,11 @@ def test_what_is_no_lora_or_no_base_is_refused(tmp_path):
         prolora.check(lora, base=lora)
     shapes = {key: tuple(x.shape) for key, x in empty_base("sd15").items()}
     base = sparse_file(tmp_path / "base.safetensors", shapes)
-    found = prolora.check(base, base=base)
-    assert (found.kind, found.mark) == ("base", "✖") and "compare a LoRA with it" in found.headline
+    checked = prolora.check(base, base=base)
+    assert (checked.kind, checked.mark) == (
+        "base",
+        "✖",
+    ) and "compare a LoRA with it" in checked.headline
 
 
 MINI = Path(__file__).parents[2] / "examples" / "mini_family" / "weights"

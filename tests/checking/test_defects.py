@@ -56,10 +56,10 @@ def test_a_dora_of_ai_toolkit_without_alpha_is_read_at_scale_1_with_a_word(lora)
         plain |= pair(stem, (6, 5)) | {f"{stem}.magnitude": torch.ones(6)}
         path = f"transformer.transformer_blocks.{i}.attn.to_q"
         peft |= pair(path, (6, 5), ends=("lora_B", "lora_A")) | {f"{path}.magnitude": torch.ones(6)}
-    found = check(plain)
-    assert found.algorithms == {"lora+dora": 3}
+    checked = check(plain)
+    assert checked.algorithms == {"lora+dora": 3}
     words = "ai-toolkit saves no alpha of a DoRA in kohya's format: it is read at scale 1."
-    assert [one.text for one in found.defects] == [words]
+    assert [one.text for one in checked.defects] == [words]
     assert not check(peft).defects
     assert not check(plain | {k: x for k, x in load_file(lora).items() if "alpha" in k}).defects
 

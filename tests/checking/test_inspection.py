@@ -55,10 +55,10 @@ LYCORIS = {
 @pytest.mark.parametrize("algorithm", LYCORIS)
 def test_every_kind_of_update_is_told_with_its_rank_and_what_it_needs(algorithm):
     tensors = {f"{STEM}.{role}": torch.ones(shape) for role, shape in LYCORIS[algorithm].items()}
-    found = check(tensors | {f"{STEM}.alpha": torch.tensor(1.0)})
-    assert found.kind == "lora" and not found.reason and found.algorithms == {algorithm: 1}
-    assert found.needs_base == (algorithm in ("lora+dora", "glora", "oft"))
-    (place,) = found.parts.values()
+    checked = check(tensors | {f"{STEM}.alpha": torch.tensor(1.0)})
+    assert checked.kind == "lora" and not checked.reason and checked.algorithms == {algorithm: 1}
+    assert checked.needs_base == (algorithm in ("lora+dora", "glora", "oft"))
+    (place,) = checked.parts.values()
     assert place.ranks == ({} if algorithm in ("full", "oft") else {2: 1})
     assert place.scales == {"1" if algorithm in ("full", "oft") else "0.5": 1}
     assert place.algorithms == {algorithm: 1}
@@ -71,21 +71,21 @@ def test_strengths_are_counted_by_place_and_what_is_left_out_by_reason():
     for role in ("w_norm", "b_norm"):
         tensors[f"lora_unet_mid_block_attentions_0_norm.{role}"] = torch.ones(3)
     tensors["bundle_emb.trigger.clip_l"] = torch.ones(3)
-    found = check(prolora.Lora.open(tensors, {"ss_new_sd_model_hash": "abc"}))
-    scales = {place: row.scales for place, row in found.parts.items()}
+    checked = check(prolora.Lora.open(tensors, {"ss_new_sd_model_hash": "abc"}))
+    scales = {place: row.scales for place, row in checked.parts.items()}
     assert scales == {"unet": {"1": len(LINEAR)}, "text_encoder": {"0.25": 1}}
-    assert found.parts["text_encoder"].alphas == {"1": 1}
-    assert found.vectors == {"bias": 1, "norm": 1} and sum(found.left_out.values()) == 1
-    assert found.base_hash == "abc"
+    assert checked.parts["text_encoder"].alphas == {"1": 1}
+    assert checked.vectors == {"bias": 1, "norm": 1} and sum(checked.left_out.values()) == 1
+    assert checked.base_hash == "abc"
 
 
 def test_the_base_is_told_and_a_contradiction_is_shown():
     told = {"ss_base_model_version": "sdxl_base_v1-0", "ss_sd_model_name": "xl.safetensors"}
-    found = check(prolora.Lora.open(lora_of("sd15"), told))
-    assert (found.family, found.family_claimed) == ("sd15", "sdxl")
-    assert found.base_model == "xl.safetensors"
-    assert found.headline == "a LoRA for Stable Diffusion 1.5"
-    assert "Stable Diffusion XL" in dict(found.facts())["its metadata says"]
+    checked = check(prolora.Lora.open(lora_of("sd15"), told))
+    assert (checked.family, checked.family_claimed) == ("sd15", "sdxl")
+    assert checked.base_model == "xl.safetensors"
+    assert checked.headline == "a LoRA for Stable Diffusion 1.5"
+    assert "Stable Diffusion XL" in dict(checked.facts())["its metadata says"]
 
 
 def test_a_file_of_normalisation_layers_alone_is_an_adapter(tmp_path):

@@ -119,9 +119,9 @@ def test_updates_are_projected_as_on_the_cpu(device):
     source = stack(3, 48, 64)
     update = torch.randn(3, 48, 64, generator=torch.Generator().manual_seed(1))
     operands = update, source, related(source, 0.2, seed=9)
-    found = project(*(x.to(device) for x in operands), rank=12)
+    moved = project(*(x.to(device) for x in operands), rank=12)
     torch.testing.assert_close(
-        found.cpu(), plain(project, *operands, rank=12), rtol=1e-4, atol=1e-4
+        moved.cpu(), plain(project, *operands, rank=12), rtol=1e-4, atol=1e-4
     )
 
 

@@ -95,8 +95,8 @@ def test_products_wider_than_the_kernel_are_truncated_as_one_stack_on_a_gpu(fail
 def test_energies_of_a_stack_are_those_of_its_products(monkeypatch):
     stack = random_update(40, 30, 6, batch=(2, 3)).to(torch.float32)
     exact = torch.linalg.svdvals(stack.dense().double())[..., :6].square()
-    found = recompression.product_energies(*stack)
-    torch.testing.assert_close(found, exact, rtol=1e-5, atol=0)
+    energies = recompression.product_energies(*stack)
+    torch.testing.assert_close(energies, exact, rtol=1e-5, atol=0)
     monkeypatch.setattr(recompression, "eigenvalue_stack", lambda x: x[..., 0] * torch.nan)
     with pytest.raises(SolverFailure, match="did not converge"):
         recompression.product_energies(*stack)

@@ -52,9 +52,9 @@ def test_whole_spaces_say_nothing_and_the_above_chance_value_admits_it():
 def test_similarity_and_account_print_their_main_numbers():
     source = weights(24, 36, 0)
     target = related(source, 0.3, 1)
-    found = similarity(source, target, rank=6)
-    assert repr(found) == (
-        f"Similarity(left {found.left:.2f}, right {found.right:.2f}, by chance 0.25 and 0.17)"
+    overlap = similarity(source, target, rank=6)
+    assert repr(overlap) == (
+        f"Similarity(left {overlap.left:.2f}, right {overlap.right:.2f}, by chance 0.25 and 0.17)"
     )
     _, info = project(source, source, target, return_info=True)
     assert repr(info).startswith("ProjectionInfo(energy kept ") and len(repr(info)) < 90

@@ -42,8 +42,8 @@ def test_a_unet_in_half_precision_computes_in_float32():
     same = Call((x.bfloat16().float(), time), {"encoder_hidden_states": text.bfloat16().float()})
     update = tiny.updates(wide, ("attn1.to_v",), size=0.1)
     with in_float32(half):
-        found, wanted = predict(half, call, updates=update), predict(wide, same, updates=update)
-        assert torch.equal(found, wanted)
+        predicted, wanted = predict(half, call, updates=update), predict(wide, same, updates=update)
+        assert torch.equal(predicted, wanted)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
 
 

@@ -62,9 +62,9 @@ def test_what_is_foreseen_grows_with_what_is_asked_for():
 
 
 def test_a_dry_run_says_what_would_be_asked_without_loading_a_model(ends, unopened):
-    told = prolora.fit(*ends, dry_run=True).report.work
-    assert "144 images are sampled, 96 of them by source" in told
-    assert "at most about 7,488 predictions of source" in told
+    fitted = prolora.fit(*ends, dry_run=True).report.work
+    assert "144 images are sampled, 96 of them by source" in fitted
+    assert "at most about 7,488 predictions of source" in fitted
     fewer = prolora.fit(*ends, images=2, guidance=1.0, dry_run=True).report
     assert "12 images are sampled, 8 of them by source" in fewer.work
     assert fewer.to_dict()["work"] == fewer.work

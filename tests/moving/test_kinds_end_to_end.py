@@ -115,9 +115,9 @@ def test_only_a_lora_of_which_all_was_read_is_told_as_zero(case):
     keys = ["lora_unet_" + name.replace(".", "_") for name in shapes(3)]
     save_file(zeros | {f"{key}.diff_b": torch.ones(24) for key in keys}, lora)
     for asked in ({"dry_run": True}, {"method": "copy"}):
-        told = transfer(*case, **asked).report
-        assert "is zero" not in str(told) and told.vectors == 8
-    assert "8 of 12 go over" in told.in_words().headline and "dry run" not in str(told)
+        moved = transfer(*case, **asked).report
+        assert "is zero" not in str(moved) and moved.vectors == 8
+    assert "8 of 12 go over" in moved.in_words().headline and "dry run" not in str(moved)
 
 
 def write_kind(path, kind):

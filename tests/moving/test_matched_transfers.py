@@ -183,8 +183,8 @@ def test_convolutions_are_moved_as_flattened_matrices_and_take_the_targets_form(
         for name in (place, conv):
             ours, theirs = (base[name].reshape(24, -1) for base in pair)
             wanted = prolora.project(updates[name].dense(), ours, theirs, rank=8)
-            found = done.adapter.updates[name].dense()
-            torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+            dense = done.adapter.updates[name].dense()
+            torch.testing.assert_close(dense, wanted, atol=1e-4, rtol=1e-4)
         kernels = {conv: (3, 3)} | ({place: (1, 1)} if pair[1] is convolved else {})
         assert done.adapter.kernels == kernels
 

@@ -68,6 +68,8 @@ def test_the_pairs_of_the_known_layouts(source, target, attention, every):
             report = plan(adapter, source, target)
             found = tuple(report.totals[x] for x in ("mapped", "skipped", "refused"))
             assert found == counts
+            refused = list_reasons(report, "refused").values()
+            assert all("maps between widths" in reason for reason in refused)
             assert {row.source for row in report.modules} == set(adapter.updates)
 
 

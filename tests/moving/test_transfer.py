@@ -64,9 +64,9 @@ def test_the_report_agrees_with_the_reference(case, strength):
         distance = float((expected - copied).norm() / copied.norm())
         assert row.copy_distance == pytest.approx(distance, rel=1e-3)
         weights = source_weights()[row.source], target_weights()[row.source]
-        found = prolora.similarity(*weights, rank=0.9)
-        assert m.phi_left == pytest.approx(float(found.left), abs=1e-5)
-        assert m.above_right == pytest.approx(float(found.above_right), abs=1e-5)
+        overlap = prolora.similarity(*weights, rank=0.9)
+        assert m.phi_left == pytest.approx(float(overlap.left), abs=1e-5)
+        assert m.above_right == pytest.approx(float(overlap.above_right), abs=1e-5)
         blocks = m.range_energy + m.null_energy + m.range_null_energy + m.null_range_energy
         assert blocks == pytest.approx(1, abs=1e-5)
         assert row.rank_in == 4 and row.rank_out <= 8
@@ -151,8 +151,8 @@ def test_same_source_and_target_at_full_rank_gives_the_lora_back(case):
     before = read_lora(lora)
     square = [name for name, (m, n) in shapes(3).items() if m == n]
     for name in square:
-        found, wanted = done.adapter.updates[name].dense(), before.updates[name].dense()
-        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+        dense, wanted = done.adapter.updates[name].dense(), before.updates[name].dense()
+        torch.testing.assert_close(dense, wanted, atol=1e-5, rtol=1e-5)
 
 
 def test_metadata_is_kept_and_says_where_the_lora_belongs_now(case, tmp_path):

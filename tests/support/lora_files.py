@@ -139,9 +139,9 @@ def same_bits(one, other):
     return one.keys() == other.keys() > set() and all(torch.equal(one[k], other[k]) for k in one)
 
 
-def _list_tensors(held):
-    held = load_file(held) if isinstance(held, str | Path) else held
-    parts = {k: {"": x} if isinstance(x, torch.Tensor) else vars(x) for k, x in held.items()}
+def _list_tensors(stored):
+    stored = load_file(stored) if isinstance(stored, str | Path) else stored
+    parts = {k: {"": x} if isinstance(x, torch.Tensor) else vars(x) for k, x in stored.items()}
     return {(key, part): x for key, some in parts.items() for part, x in some.items()}
 
 

@@ -187,8 +187,8 @@ def test_the_order_of_threads_changes_no_bit(monkeypatch):
         results = []
         for seed in "03":
             monkeypatch.setenv("EMU_SEED", seed)
-            found = emulated.run(op, *operands)
-            results.append([found] if op == "subspace_overlap" else found)
+            outputs = emulated.run(op, *operands)
+            results.append([outputs] if op == "subspace_overlap" else outputs)
         for one, two in zip(*results, strict=True):
             assert torch.equal(one.nan_to_num(7.0), two.nan_to_num(7.0)), op
 

@@ -85,8 +85,8 @@ def operands(m=64):
 
 def call_op(m=64):
     """Does the op, which is right whoever does it, and returns the choice that was made."""
-    found = project_pair.project_pair(*operands(m))
-    torch.testing.assert_close(found, project_pair.project_twice(*operands(m)))
+    moved = project_pair.project_pair(*operands(m))
+    torch.testing.assert_close(moved, project_pair.project_twice(*operands(m)))
     return next(iter(trial.list_choices().values()), None)
 
 
