@@ -240,10 +240,10 @@ def test_diffusers_reads_what_is_written(format, dtype):
         if name not in ("transformer_blocks.3.attn.add_k_proj", "norm_out.linear")
     }
     moved = prolora.convert(converted.adapter.with_updates(updates), format=format, dtype=dtype)
-    converted = through_diffusers(moved.state_dict())
-    left_over = converted.pop("transformer_blocks.3.attn.add_k_proj", None)
+    read = through_diffusers(moved.state_dict())
+    left_over = read.pop("transformer_blocks.3.attn.add_k_proj", None)
     assert left_over is None or left_over.norm() == 0
-    same(moved.adapter.with_updates(converted), updates, tolerance)
+    same(moved.adapter.with_updates(read), updates, tolerance)
 
 
 @pytest.mark.parametrize("smallest", [1e-3, 1e-6, 1e-9])
@@ -322,6 +322,6 @@ def test_kohya_asked_for_by_name_has_kohyas_own_names(prefix):
     converted = prolora.convert(prolora.Lora.open(tensors, {"ss_base_model_version": "flux1"}))
     fused = ["lora_unet_double_blocks_0_img_attn_qkv"]
     for format, paths in (("auto", stems), ("kohya", fused)):
-        converted = prolora.convert(converted.adapter, format=format).state_dict()
-        assert {key.partition(".")[0] for key in converted} == {*paths}
-        same(prolora.convert(converted).adapter, converted.adapter.updates)
+        written = prolora.convert(converted.adapter, format=format).state_dict()
+        assert {key.partition(".")[0] for key in written} == {*paths}
+        same(prolora.convert(written).adapter, converted.adapter.updates)
