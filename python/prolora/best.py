@@ -70,7 +70,7 @@ def transfer(
             `format` cannot hold.
         ShapeMismatch: an update or a pair of weights that does not fit.
         NonFiniteWeights: NaN or Inf, named. All of these before any SVD runs.
-        WrongBase: the LoRA belongs to `target` and not to `source`, or the two are one model.
+        WrongBase: the LoRA is for another model than `source`, or the two are one model.
         AlreadyMoved: prolora moved the LoRA before, to another base than `source`.
         OutputExists: something else has the name of `out`.
         OutputError: `out` cannot be written, or is an input.

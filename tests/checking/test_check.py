@@ -99,13 +99,20 @@ def test_what_is_no_lora_or_no_base_is_refused(tmp_path):
     lora = save(tmp_path / "lora.safetensors", usual_lora("sd15", "unet."))
     with pytest.raises(prolora.errors.UnsupportedFormat):
         prolora.check(lora, base=lora)
-    shapes = {key: tuple(x.shape) for key, x in empty_base("sd15").items()}
-    base = sparse_file(tmp_path / "base.safetensors", shapes)
-    checked = prolora.check(base, base=base)
-    assert (checked.kind, checked.mark) == (
-        "base",
-        "✖",
-    ) and "compare a LoRA with it" in checked.headline
+
+
+def test_a_whole_model_is_called_one_in_a_file_and_in_memory(tmp_path):
+    weights = empty_base("sd15")
+    shapes = {key: tuple(x.shape) for key, x in weights.items()}
+    file = sparse_file(tmp_path / "base.safetensors", shapes, "F32")
+    stored, loaded = (prolora.check(base) for base in (file, weights))
+    for checked in (stored, loaded):
+        assert checked and checked.kind == "base" and checked.headline.endswith("Diffusion 1.5")
+    facts = ("families", "sizes", "modules", "dtypes", "tensors")
+    assert [getattr(stored, fact) for fact in facts] == [getattr(loaded, fact) for fact in facts]
+    for base in (file, weights):
+        checked = prolora.check(base, base="flux")
+        assert checked.mark == "✖" and "compare a LoRA with it" in checked.headline
 
 
 MINI = Path(__file__).parents[2] / "examples" / "mini_family" / "weights"

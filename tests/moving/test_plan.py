@@ -135,9 +135,10 @@ def test_an_update_that_does_not_fit_its_module_names_both_shapes_and_the_tensor
     [("flux1-dev", "x_embedder", (3072, 128)), ("sd15", "conv_in", (320, 9 * 9))],
 )
 def test_a_lora_that_takes_a_second_image_is_named(layout, module, shape):
-    update = LowRank(torch.zeros(shape[0], 4), torch.zeros(4, shape[1]))
+    adapter = lora(layout)
+    adapter.updates[module] = LowRank(torch.zeros(shape[0], 4), torch.zeros(4, shape[1]))
     with pytest.raises(ShapeMismatch, match=r"LoRA for control, editing or inpainting.*the source"):
-        plan(Adapter({module: update}), layout, layout, again=True)
+        plan(adapter, layout, layout, again=True)
 
 
 def test_a_plan_where_every_width_differs_is_refused():

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..adapters.algorithms import forms
 from ..adapters.contents import parse_contents, read_scale
@@ -34,6 +34,9 @@ from ..errors import ProLoRAError
 from ..files.dtypes import spell_dtype
 from .check_result import Check, Part, count_values
 from .defects import find_deep_defects, find_defects
+
+if TYPE_CHECKING:  # torch, which takes a second to import, is needed where a base is read
+    from ..bases import Base
 
 _TOP_TAGS = 10
 
@@ -145,8 +148,10 @@ def _describe_refused(opened: Lora, result: Check, reason: str) -> Check:
     A base, an adapter of another kind, or neither.
     """
     is_adapter = any(map(tensor_keys.is_of_adapter, opened.tensors))
-    if any(map(tensor_keys.is_base_weight, opened.tensors)) and opened.path is not None:
+    if any(map(tensor_keys.is_base_weight, opened.tensors)):
         try:
+            if opened.path is None:
+                return _check_state_dict(opened, result)
             return replace(check_model(opened.path), path=result.path, size=result.size)
         except ProLoRAError as error:
             if not is_adapter:
@@ -156,6 +161,15 @@ def _describe_refused(opened: Lora, result: Check, reason: str) -> Check:
                 raise
             return _name_by_header(opened, result)
     return replace(result, kind="lora" if is_adapter else "unknown", reason=reason)
+
+
+def _check_state_dict(opened: Lora, result: Check) -> Check:
+    """Recognises a base model in memory, by names and shapes."""
+    from ..bases import open_base
+
+    shapes = {key: tensor.shape for key, tensor in opened.tensors.items()}
+    described = _describe_base(open_base(shapes, read=opened.read), result.path, "state dict")
+    return replace(described, dtypes=result.dtypes)
 
 
 def _name_by_header(opened: Lora, result: Check) -> Check:
@@ -204,13 +218,19 @@ def check_model(path: Any) -> Check:
 
     experts = find_expert_folders(Path(path))
     base = open_base(experts[0] if experts else path)
-    shapes = {name: (shape[0], shape[1]) for name, shape in base.shapes.items()}
     is_gguf = Path(path).suffix.lower() == ".gguf"
     form = "diffusers" if Path(path).is_dir() else "gguf" if is_gguf else "single-file"
+    names = tuple(folder.name for folder in experts)
+    return replace(_describe_base(base, str(path), form), experts=names)
+
+
+def _describe_base(base: Base, path: str, format: str) -> Check:
+    """Describes a base model that is open."""
+    shapes = {name: (shape[0], shape[1]) for name, shape in base.shapes.items()}
     return Check(
-        path=str(path),
+        path=path,
         kind="base",
-        format=form,
+        format=format,
         families=base.model.families,
         sizes=(base.layout,) if base.layout else (),
         modules=count_values(map(find_component, shapes)),
@@ -218,5 +238,4 @@ def check_model(path: Any) -> Check:
         tensors=len(shapes),
         quantised=base.quantised_as,
         size=sum(file.stat().st_size for file in base.files),
-        experts=tuple(folder.name for folder in experts),
     )

@@ -89,7 +89,7 @@ def fit(
         UnsupportedFormat: a folder that is no pipeline, a file that cannot be read, or a result
             that `format` cannot hold.
         NonFiniteWeights: NaN or Inf, named.
-        WrongBase: the LoRA belongs to `target` and not to `source`.
+        WrongBase: the LoRA is for another model than `source`.
         AlreadyMoved: prolora moved the LoRA before, to another base than `source`.
         TooLittleMemory: max_memory is below what the models need.
         UnrelatedBases: the held-out samples speak against the fit and against moving by weights.

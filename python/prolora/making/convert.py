@@ -102,6 +102,7 @@ def convert(
         UnsupportedFormat: a file that cannot be read exactly, one that needs its base and has none,
             or a result that `format` cannot hold.
         ShapeMismatch: an update that does not fit the base.
+        WrongBase: the LoRA is for another model than `base`.
         NonFiniteWeights: NaN or Inf, named.
         OutputExists: something has the name of `out`.
         OutputError: `out` cannot be written, or is an input.

@@ -77,9 +77,8 @@ def read_lora(
     where = begin_message(lora)
     reason = str(misfit).removeprefix(where)
     if sentences:
-        refusal = WrongBase if fits_other else type(misfit)
         text = f"{where}{' '.join(sentences)} ({reason.removesuffix(OTHER_MODEL)})"
-        raise refusal(text) from misfit
+        raise WrongBase(text) from misfit
     if where.removesuffix(": ") in reason or reason != str(misfit) or misfit.command:
         raise misfit
     raise type(misfit)(f"{where}{reason}")

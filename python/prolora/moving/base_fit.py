@@ -158,9 +158,11 @@ def fit_shapes(lora: Lora | Adapter, model: NamedShapes) -> BaseMatch:
     elif foreign or not any(r.target and not is_in_text_encoder(r.source) for r in rows):
         answer = "other"
     title, kind = join_titles(map(find_title, families)), describe_kind(model)
-    if title == kind and model.layout and answer != "fits":  # one family, and another size of it
-        title = join_titles(map(find_title, sizes)) or title
-        kind = find_title(model.layout)
+    if model.family in families:  # of several the base decides
+        title = kind
+        if model.layout and model.layout not in sizes and answer != "fits":  # another size of it
+            title = join_titles(map(find_title, sizes)) or title
+            kind = find_title(model.layout)
     is_words = is_language_model(row.source for row in rows)
     title = title or ("a language model" if is_words and not families else "")
     others = [size for size in sizes if size != model.layout] if model.layout else []
