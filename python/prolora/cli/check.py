@@ -19,7 +19,7 @@ from .tables import MARKS, draw_facts
 MEANINGS = {
     ExitCode.DONE: "nothing speaks against using the files as asked",
     ExitCode.REFUSED: "a file cannot be read",
-    ExitCode.NOT_FOR_IT: "a LoRA is not for the base or program, or in part, or is of no known model",
+    ExitCode.NOT_FOR_IT: "a LoRA is not for the base or program, or in part, or of no known model",
 }
 
 
