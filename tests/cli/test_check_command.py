@@ -91,7 +91,7 @@ def test_loras_of_different_bases_are_named_after_the_last_line(
 
 def test_help_says_what_the_exit_codes_mean(prolora):
     _, out, _ = prolora("check", "-h")
-    assert "3 a LoRA is for another model" in " ".join(out.split())
+    assert "3 a LoRA is not for the base or program, or in part" in " ".join(out.split())
 
 
 def test_a_base_among_the_loras_is_no_lora(prolora, files):
