@@ -47,8 +47,8 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
-# The name of a file, from .ci/run: it gets the files of tests in which the extension ran an op. The
-# others test the same code without it.
+# The name of a file, from .ci/run: it gets the tests in which the extension ran an op, one a line.
+# The others test the same code without it.
 EXTENSION_RAN_IN = os.environ.get("PROLORA_LIST_EXTENSION_TESTS")
 
 
@@ -67,7 +67,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
         done = yield
     if kernels is not None and any(choice.kernels is kernels for choice in chosen):
         with open(EXTENSION_RAN_IN, "a", encoding="utf-8") as file:
-            file.write(item.nodeid.partition("::")[0] + "\n")
+            file.write(item.nodeid + "\n")
     return done
 
 

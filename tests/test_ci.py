@@ -17,8 +17,8 @@ pytestmark = pytest.mark.skipif(
     reason="the script runs on Linux, and a source distribution holds no .ci",
 )
 
-# pip is first called for the linters, then beside the next steps for mypy and others, where it
-# starts a process that would go on for minutes, then by the README's command.
+# pip is called beside the tests for the linters, then for mypy and others, where it starts a
+# process that would go on for minutes, and by the README's command.
 PIP = """#!/bin/bash
 case "$*" in
   *mypy*) if [ -n "$HANGS" ]; then sleep 300 & echo $! >>"$NOTES/children"; wait; fi ;;
@@ -43,7 +43,7 @@ touch "$at/RECORD"
 # Each run of the tests says its arguments; the first also where the extension ran.
 PYTEST = """#!/bin/bash
 if [ -n "$PROLORA_LIST_EXTENSION_TESTS" ]; then
-  printf 'tests/core/test_%s.py\\n' a b a >"$PROLORA_LIST_EXTENSION_TESTS"
+  printf 'tests/core/test_a.py::test_%s\\n' a b a >"$PROLORA_LIST_EXTENSION_TESTS"
 fi
 echo "pytest $*"
 """
@@ -146,9 +146,11 @@ def test_a_run_in_which_nothing_fails_takes_every_step_and_ends_with_the_tests(b
     said = run.communicate(timeout=60)[0]
     assert run.returncode == 0, said
     steps = [line for line in said.splitlines() if line.startswith("=== done")]
-    assert len(steps) == said.count("\n=== ") - said.count("\n=== done") + 1 == 5, said
+    assert len(steps) == said.count("\n=== ") - said.count("\n=== done") + 1 == 4, said
     lines = said.splitlines()
-    assert lines[-1].startswith("pytest -n auto") and "tests/core/test_a.py" in lines[-2]
+    assert lines[-1].startswith("pytest -n auto") and lines[-2].endswith(
+        "test_a.py::test_a tests/core/test_a.py::test_b"
+    )
     assert "pytest --benchmark-disable bench" in lines
     assert (tmp_path / "prolora").read_text().split("\n")[:-1] == [
         *["prolora doctor"] * 2,

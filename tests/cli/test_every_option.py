@@ -44,6 +44,7 @@ def test_no_value_of_an_option_ends_in_a_traceback_or_another_code(options, tmp_
         ("bake", "stochastic", 0.5),
         ("check", "program", 1),
         ("fit_many", "resume", 0.5),
+        ("fit", "pictures", "9" * 5000),
     ],
 )
 def test_a_value_of_another_type_is_answered_with_what_the_option_takes(

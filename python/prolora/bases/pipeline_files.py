@@ -105,13 +105,13 @@ def draws_in_few_steps(base: Base, steps: int | None = None) -> bool | None:
         return True
     if any(key.endswith(_GUIDANCE_EMBEDDING) for key in base.stored):
         return True
-    if base.path is None:
+    if base.path is None or not is_pipeline(base.path):
         return None
     try:
         _, scheduler = read_pipeline_index(base.path).parts.get("scheduler", ("", ""))
         file = base.path / "scheduler" / "scheduler_config.json"
         config = read_json_object(file, _MOST_BYTES) if file.is_file() else {}
-    except UnsupportedFormat:  # no pipeline
+    except UnsupportedFormat:  # a damaged one
         return None
     return is_few_step_scheduler(scheduler, config)
 
@@ -129,7 +129,7 @@ def is_named_few_step(base: Base) -> bool:
     """Returns whether a model's names have a word of few-step models."""
     names = [base.name]
     with suppress(UnsupportedFormat):
-        if base.path is not None:
+        if base.path is not None and is_pipeline(base.path):
             index = read_pipeline_index(base.path)
             file = base.path / (index.denoiser or "") / "config.json"
             config = read_json_object(file, _MOST_BYTES) if file.is_file() else {}

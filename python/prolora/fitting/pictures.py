@@ -16,7 +16,7 @@ from torch import Tensor
 from ..adapters.adapter import Adapter
 from ..architectures.modules import is_in_text_encoder
 from ..core.lowrank import LowRank
-from ..errors import InvalidOption, ProLoRAError, UnrelatedBases, UnsupportedFormat
+from ..errors import InvalidOption, ProLoRAError, UnrelatedBases, UnsupportedFormat, input_error
 from ..files.untrusted import open_regular, read_text
 from ..reports.report import Sentence
 from ..verbs.result import Transfer
@@ -104,7 +104,10 @@ def read_pictures(options: FitOptions) -> dict[Path, str]:
         if getattr(options, name) != getattr(DEFAULT_FIT, name):
             raise InvalidOption(f"`{name}` is of use in a fit of two models, not with `pictures`")
     folder = Path(options.pictures or "")
-    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    try:
+        files = sorted(folder.iterdir()) if folder.is_dir() else []
+    except OSError as error:  # a folder without permission, a name that is too long, …
+        raise input_error(folder, error) from error
     pictures = [file for file in files if file.suffix.lower() in SUFFIXES]
     if len(pictures) < LEAST:
         raise InvalidOption(

@@ -54,6 +54,8 @@ def read_basis(path: Path) -> tuple[Basis, str]:
         UnsupportedFormat: it is damaged, or no basis.
         OSError: it cannot be read.
     """
+    if not path.exists():  # the usual miss, whose message nobody reads
+        raise FileNotFoundError(path)
     try:
         # Open all the time: another process may replace it meanwhile.
         with closing(SafetensorsFile(path, keep_open=True)) as file:
