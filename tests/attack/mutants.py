@@ -47,7 +47,7 @@ PREPARED = ("torch", "numpy", "safetensors.torch", "hypothesis", "typer.testing"
 PREPARED += ("diffusers", "transformers", "peft", "gguf", "matplotlib")
 """What many tests import: once here, where it is installed, and not in each process."""
 
-FILES, SECONDS = 16, 15.0
+FILES, SECONDS = 24, 15.0
 """The most files of tests that are near a file, and the most time that each of them gets once."""
 
 PER_MUTANT = 45.0
