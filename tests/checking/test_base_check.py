@@ -71,8 +71,8 @@ def test_the_right_way_round_and_the_override_pass(files, tmp_path):
     assert prolora.transfer(of_a, b, a, again=True).report.totals["mapped"]
     (outcome,) = prolora.transfer_many([of_a], b, a, tmp_path / "out")
     assert isinstance(outcome.error, errors.WrongBase)
-    with pytest.raises(errors.WrongBase):
-        prolora.check(of_a, source=b, target=a)
+    swapped = prolora.check(of_a, source=b, target=a)
+    assert swapped.mark == "✖" and "did you swap them" in swapped.headline
 
 
 def test_a_migration_refuses_the_swap_for_that_lora_alone(files, tmp_path):

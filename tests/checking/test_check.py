@@ -148,6 +148,20 @@ def test_two_bases_get_the_verdict_of_a_transfer(monkeypatch, apart):
         prolora.check(mini_lora(), source=MINI / "source")
 
 
+def test_one_model_as_both_bases_or_another_models_is_an_answer_and_no_error():
+    source = MINI / "source"
+    for lora, base, start in (
+        (mini_lora(), source, "source and source are the same model, where the LoRA works as it"),
+        (usual_lora("sd15", "unet."), MINI / "finetuned", "This LoRA is for Stable Diffusion 1.5"),
+    ):
+        answer = prolora.check(lora, source=source, target=base)
+        assert not answer and answer.mark == "✖" and answer.headline.startswith(start)
+        with pytest.raises(prolora.errors.WrongBase):
+            prolora.transfer(lora, source, base)
+    same = prolora.check(mini_lora(), source=source, target=source)
+    assert "The options named here are those of `transfer()`." in str(same)
+
+
 @pytest.mark.parametrize(
     ("own", "other", "told"),
     [

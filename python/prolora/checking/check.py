@@ -14,7 +14,14 @@ from ..architectures.identify import explain_adapter
 from ..architectures.loaders import known_loaders
 from ..bases.describe import BaseShapes
 from ..bases.keys.other_models import explain_other_model
-from ..errors import InvalidOption, MissingFile, UnrelatedBases, UnsupportedFormat, suggest
+from ..errors import (
+    InvalidOption,
+    MissingFile,
+    UnrelatedBases,
+    UnsupportedFormat,
+    WrongBase,
+    suggest,
+)
 from ..reports.report import Sentence
 from .check_result import Check
 from .file_facts import check_model, check_tensors, read_base_shapes
@@ -62,7 +69,8 @@ def check(
     Raises:
         InvalidOption: an unknown program, or one base of two.
         UnsupportedFormat: a file cannot be read at all, or a base is none.
-        ProLoRAError: what `transfer` refuses, but for models that have nothing in common.
+        ProLoRAError: what `transfer` refuses, but for a LoRA of another model than the source, one
+            model as both, and models that have nothing in common: these are answers.
     """
     program = program.lower() if isinstance(program, str) else program
     if program is not None and program not in [*known_loaders()]:
@@ -131,8 +139,8 @@ def _preview_move(
     pair = BasePair.open(old, new, options)
     try:
         return pair.preview(opened, weighed=True).in_words()
-    except UnrelatedBases as error:
-        return Sentence("✖", str(error))
+    except (UnrelatedBases, WrongBase) as error:
+        return Sentence("✖", str(error).removeprefix(f"{opened.where}: "))
 
 
 def open_lora(lora: LoraSource) -> Lora | None:

@@ -46,7 +46,10 @@ def check(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Say what a file is and whether it is for a base or a program, from headers alone."""
+    """Say what a file is and whether it is for a base or a program, from headers.
+
+    With --source and --target the weights are compared, too.
+    """
     records: list[dict[str, Any]] = []
     loras: dict[str, Check] = {}
     code = ExitCode.DONE

@@ -112,7 +112,7 @@ def project(
             convolution of four or five axes, [out, in, …], treated as out × rest; a LowRank, or a
             pair (up [..., m, r], down [..., r, n]), whose order is not checked where r = m = n; the
             pair of a convolution, (up [out, r, 1, …], down [r, in, …]). Flatten a Conv1d's update.
-            torch, numpy and cupy arrays.
+            torch, numpy, cupy and jax arrays.
         W_src: the source weight, of delta's shape, or its Basis; [m, n] for a stack too.
         W_tgt: the target weight, likewise.
         rank: columns of the subspaces (int), or the share of energy they hold (float in (0, 1));

@@ -291,7 +291,7 @@ class FitOptions(FileOutput, BaseResources, FitSettings):
     again: bool = take_option(TransferOptions, "again", panel=FITTING)
     pictures: str | PathLike[str] | None = option(
         None,
-        "Folder of four or more pictures (better 24) of what the LoRA is for, in the target's own "
+        "Folder of four or more pictures (better 20) of what the LoRA is for, in the target's own "
         "look, with captions beside (`a.png`, `a.txt`) or in `prompts`. The target alone runs: the "
         "copy at 0.6 is trained on them for at most 120 steps, with `images` of its own samples "
         "beside, so that it forgets little. A source is of use where weights move nothing.",

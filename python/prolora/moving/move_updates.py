@@ -108,7 +108,7 @@ def _explain_unrelated(verdict: PairVerdict, source: Base, target: Base) -> str:
     fits = can_fit(source.path, target.path)
     fit = RUN_INSTEAD if fits else "`fit()` where both models can run as whole pipelines"
     return (
-        "these two models have nothing in common: they were trained apart. Nothing was written. "
+        "these two models have nothing in common: they were trained apart. "
         f"Next: {fit}, or train the LoRA on {target.name}; `method='copy'` would write a LoRA "
         f"that does nothing useful there (cosine of the weights {verdict.cosine:.2f})"
     )
