@@ -297,11 +297,11 @@ def test_file(
 ) -> dict[str, Any]:
     """Mutates a file in the copies, one process for each, and gives the figures."""
     began = time.monotonic()
-    near = list_near_tests(file)
-    tests = find_tests(places[0], file, near)
     mutants = list_mutants((ROOT / file).read_text("utf-8"))
     mutants = [m for m in mutants if lines is None or m.line in lines]
     chosen = sorted(Random(seed).sample(range(len(mutants)), min(most, len(mutants))))
+    near = list_near_tests(file) if chosen else []
+    tests = find_tests(places[0], file, near) if chosen else []
     notes = [place / "verdicts.jsonl" for place in places]
     workers = []
     for number, place in enumerate(places):
@@ -386,7 +386,9 @@ def main() -> None:
         Path(name).resolve().relative_to(ROOT).as_posix(): None for name in args.files
     }
     if args.since:
-        files |= {name: lines for name, lines in list_changed(args.since).items()}
+        changed = list(list_changed(args.since).items())
+        Random(args.seed).shuffle(changed)  # or the same ones are left where there is no time
+        files |= dict(changed)
     for name in PREPARED:
         with suppress(ImportError):
             __import__(name)
