@@ -116,6 +116,7 @@ def test_an_update_is_what_the_layer_of_lycoris_does(kind, alpha, dtype):
     assert list(adapter.updates) == [where] and made.report.left_out == {}
     assert adapter.kernels == ({where: (3, 3)} if where == CONV else {})
     assert adapter.kept_energy == {} and not made.report.unread
+    assert adapter.with_updates({}).kernels == {}
     # Merging and subtracting in float32, as LyCORIS does, leaves no more than this.
     rounding = 2e-6 * max(1.0, (base.weight.norm() / effect(module, base).norm()).item())
     assert relative_error(adapter.updates[where].dense(), effect(module, base)) < rounding
