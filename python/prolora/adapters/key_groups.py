@@ -185,8 +185,7 @@ def _refuse_unknown(unknown: list[str], source: Lora) -> None:
         tensor.role in ("down", "up") for tensor in source.tensors.values()
     ):
         raise UnsupportedFormat(
-            f"{source.where}: {first} is a weight of a base model, not a LoRA; give it as `source` "
-            "or `target`"
+            f"{source.where}: {first} is a weight of a base model, not a LoRA; give the LoRA"
         )
     if all(_EMBEDDING.match(key) for key in unknown):
         raise _refuse_embedding(source)

@@ -314,8 +314,8 @@ def _look_up_base(slot: Slot, get: Callable[[str], T], where: str) -> list[T] | 
             if find_component(name) in TEXT_ENCODERS:
                 return None
             raise UnsupportedFormat(
-                f"{where}: the update depends on the weight of {name}, which the source base does "
-                "not have; is this the base it was trained on?"
+                f"{where}: the update depends on the weight of {name}, which the base does not "
+                "have; is this the base it was trained on?"
             ) from error
     return entries
 

@@ -99,6 +99,17 @@ class Base:
         """
         return self.weights[module].read()
 
+    def read_finite(self, module: str) -> Tensor:
+        """Returns the weight of `module`, as `read` does; refuses one with NaN or Inf.
+
+        Raises:
+            NonFiniteWeights: names the tensor and the file, and says where the value is.
+        """
+        weight = self.read(module)
+        if not is_finite(weight):
+            _refuse_non_finite(self, module, weight)
+        return weight
+
     def tensor_name(self, module: str) -> str:
         """Returns where a module's weight lies, "file.safetensors:key", for messages."""
         return self.weights[module].name
@@ -121,15 +132,9 @@ def list_quantised(*bases: Base) -> dict[str, str]:
 
 
 def check_finite(base: Base, modules: Iterable[str]) -> None:
-    """Reads every weight once and refuses the first that holds NaN or Inf.
-
-    Raises:
-        NonFiniteWeights: names the tensor and the file, and says where the value is.
-    """
+    """Reads every weight once and refuses the first that holds NaN or Inf."""
     for module in modules:
-        weight = base.read(module)
-        if not is_finite(weight):
-            _refuse_non_finite(base, module, weight)
+        base.read_finite(module)
 
 
 def _refuse_non_finite(base: Base, module: str, weight: Tensor) -> None:

@@ -20,12 +20,19 @@ from torch import Tensor
 
 from ..adapters.adapter import Adapter
 from ..adapters.lora import Lora
-from ..bases import Base, BaseLike, open_base
+from ..bases import Base, BaseLike, check_finite, open_base
 from ..bases.pipeline_files import read_pipeline_index
 from ..bases.quantised.comfy import QUANTISATION_KEY
 from ..bases.quantised.encoding import BakedTensors, can_encode, encode, round_to
 from ..bases.quantised.weight import QuantisedWeight, find_kind, look_inside
-from ..bases.weights import ConvertedWeight, LoadedWeight, RowsWeight, StoredWeight, Weight
+from ..bases.weights import (
+    ConvertedWeight,
+    LoadedWeight,
+    RequestedWeight,
+    RowsWeight,
+    StoredWeight,
+    Weight,
+)
 from ..core.arrays import to_kind_of, to_tensor
 from ..core.lowrank import LowRank
 from ..core.precision import in_full_precision, is_finite
@@ -85,7 +92,7 @@ def bake(
         UnsupportedFormat: a base of a kind that is not written; the message says what would survive
             at 8 and 16 bits.
         WrongBase: a LoRA of another model.
-        NonFiniteWeights: a result is too large for its type.
+        NonFiniteWeights: NaN or Inf, named; or a result is too large for its type.
         OutputError: `out` cannot be written, or is an input.
     """
     options = resolve_options(options, changes)
@@ -109,7 +116,7 @@ def bake(
         updates = _sum_updates(opened, model, strengths, blocks)
     groups, left_out = _place_updates(updates, model)
     random = None if stochastic is None else torch.Generator().manual_seed(stochastic)
-    baking = _Baking(random, dtype)
+    baking = _Baking(model, random, dtype)
 
     def write(new: Path) -> None:
         assert path is not None
@@ -209,7 +216,8 @@ def _sum_updates(
 
 
 Parts = list[tuple[str, Weight, list[LowRank | Tensor]]]
-Groups = dict[StoredWeight | LoadedWeight, Parts]  # a stored tensor -> the modules in it
+Root = StoredWeight | LoadedWeight | RequestedWeight
+Groups = dict[Root, Parts]  # a stored tensor -> the modules in it
 
 
 def _place_updates(
@@ -225,7 +233,7 @@ def _place_updates(
             continue
         root = look_inside(weight)
         stored = root.stored if isinstance(root, QuantisedWeight) else root
-        if not isinstance(stored, StoredWeight | LoadedWeight) or not can_encode(root):
+        if not isinstance(stored, Root) or not can_encode(root):
             refused.append((name, weight, added))
         else:
             groups.setdefault(stored, []).append((name, weight, added))
@@ -336,6 +344,7 @@ def _convert(model: Base, new: Path, dtype: torch.dtype) -> None:
 class _Baking:
     """The work on single weights, and what became of them."""
 
+    model: Base
     random: torch.Generator | None  # rounds to the nearest without one
     dtype: torch.dtype | None  # of all numbers; None keeps each one's
     rows: list[BakedModule] = field(default_factory=list)
@@ -362,6 +371,7 @@ class _Baking:
         for name, weight, delta in deltas:
             row = _measure(name, weight, before, encoded.numbers, delta)
             if not math.isfinite(row.wrong):
+                check_finite(self.model, [name])  # says where in the base
                 kind = find_kind(root) or str(self.dtype or root.dtype)
                 raise NonFiniteWeights(f"{root.name}: the result overflows {kind}")
             if row.survived < SURVIVES:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .. import adapters
 from ..adapters.adapter import Adapter
+from ..adapters.contents import parse_contents
 from ..adapters.formats.metadata import combine_metadata, rewrite_metadata
 from ..adapters.formats.moves import MERGE, PREFIX, StatedBase, read_provenance
 from ..adapters.lora import Lora
@@ -172,7 +173,7 @@ class _Merge:
                 check_moved_before(lora, self.target)
             adapter = read_plain(lora, self.target)
         except (AlreadyMoved, ShapeMismatch, UnsupportedFormat) as wrong:
-            if self.target is None:
+            if self.target is None or not _is_readable(lora):
                 raise
             why = str(wrong).partition(";")[0] if isinstance(wrong, AlreadyMoved) else str(wrong)
             raise type(wrong)(
@@ -359,3 +360,11 @@ class _Merge:
 def _stored_dtype(part: Adapter) -> torch.dtype:
     """Returns a LoRA's dtype; for eight bits, which are not written, sixteen."""
     return part.dtype if part.dtype.itemsize > 1 else torch.float16
+
+
+def _is_readable(lora: Lora | Adapter) -> bool:
+    """Returns whether a LoRA is one, whatever base it is for."""
+    try:
+        return isinstance(lora, Adapter) or bool(parse_contents(lora))
+    except (ShapeMismatch, UnsupportedFormat):
+        return False

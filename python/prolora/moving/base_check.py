@@ -55,13 +55,16 @@ def read_lora(
             return adapter
         names = adapters.BaseNames(base.model, base.shapes)
         return adapters.read_adapter(
-            lora, read_weight=base.read, base=names, keep_stored=keep_stored, rank=rank
+            lora, read_weight=base.read_finite, base=names, keep_stored=keep_stored, rank=rank
         )
     except (UnsupportedFormat, ShapeMismatch) as error:
         misfit = error
-    title, kind, fits_other = "", "", False
+    title, kind, fits_other, reason = "", "", False, str(misfit)
     try:
-        fit = fit_shapes(lora if isinstance(lora, Adapter) else Lora.open(lora), base)
+        opened = lora if isinstance(lora, Adapter) else Lora.open(lora)
+        if isinstance(opened, Lora):
+            reason = reason.removeprefix(f"{opened.where}: ")
+        fit = fit_shapes(opened, base)
         title, kind = fit.lora_title, fit.base_title
         if other is not None:
             _fit_outline(lora, other, headers_only=True)
@@ -71,17 +74,17 @@ def read_lora(
     sentences = []
     if title not in ("", kind):
         name = _name_fully(base)
-        sentences = [f"This LoRA is for {title}. The source you gave, {name}, is {kind}."]
+        role = "base" if other in (None, base) else "source"
+        sentences = [f"This LoRA is for {title}. The {role} you gave, {name}, is {kind}."]
     if fits_other:
         sentences.append("It fits the target and not the source: did you swap them?")
     where = begin_message(lora)
-    reason = str(misfit).removeprefix(where)
     if sentences:
         text = f"{where}{' '.join(sentences)} ({reason.removesuffix(OTHER_MODEL)})"
         raise WrongBase(text) from misfit
-    if where.removesuffix(": ") in reason or reason != str(misfit) or misfit.command:
+    if where.removesuffix(": ") in str(misfit) or misfit.command:
         raise misfit
-    raise type(misfit)(f"{where}{reason}")
+    raise type(misfit)(f"{where}{misfit}")
 
 
 def _fit_outline(lora: LoraLike, base: Base, headers_only: bool) -> Adapter:

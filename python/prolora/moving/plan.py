@@ -206,7 +206,7 @@ def check_fits_source(adapter: Adapter, modules: list[str], source: Base) -> Non
     if unknown:
         layout = f" (layout {source.layout})" if source.layout else f" ({describe_base(source)})"
         raise UnsupportedFormat(
-            f"{len(unknown)} of {len(modules)} LoRA modules do not exist in the source base "
+            f"{len(unknown)} of {len(modules)} LoRA modules do not exist in the base "
             f"{source.name}{layout}, the first: {unknown[0]}"
         )
     for name in modules:
