@@ -76,7 +76,8 @@ def bake(
         loras: one or more, as `transfer` takes them.
         base: a .safetensors checkpoint or a diffusers folder in float32, float16, bfloat16, float8
             or ComfyUI's scaled float8, int8, NVFP4 or MXFP8 (these three need comfy-kitchen); a
-            GGUF file in Q8_0, Q5_0, Q5_1, Q4_0, Q4_1 or 16 and 32 bits; or a mapping or module.
+            GGUF file in Q8_0, Q5_0, Q5_1, Q4_0, Q4_1 or 16 and 32 bits; or one in
+            memory, or read on request.
         out: the file, or folder, to write; None for a base in memory, whose tensors come back as
             `report.tensors`, the unchanged ones as the caller's own.
         options: `strengths`, `blocks`, `dtype`, `overwrite` and `progress` of a merge.
