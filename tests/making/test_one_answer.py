@@ -97,3 +97,17 @@ def test_what_is_no_whole_lora_is_called_so_by_every_verb(kept, reason, tmp_path
             sentences.add(str(refusal.value))
         assert len(sentences) == 1 and reason in (sentence := sentences.pop())
         assert sentence.startswith(where)
+
+
+def test_a_base_without_any_module_of_the_lora_is_not_called_baked():
+    path = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
+    text = {
+        f"{path}.lora_up.weight": torch.ones(8, 2),
+        f"{path}.lora_down.weight": torch.ones(2, 8),
+    }
+    base, said = make_base(source_weights()), "no module that the LoRA changes.*self_attn.q_proj:"
+    with pytest.raises(errors.UnsupportedFormat, match=said):
+        prolora.bake([text], base)
+    done = prolora.bake([text, lora_tensors()], base)
+    assert [*done.left_out] == ["text_encoder.text_model.encoder.layers.0.self_attn.q_proj"]
+    assert done.in_words().mark == "⚠" and done.whole.survived == pytest.approx(1)

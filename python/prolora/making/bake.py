@@ -91,7 +91,7 @@ def bake(
     Raises:
         InvalidOption: no LoRA, an option of `merge` that has no use here, or not one for each.
         UnsupportedFormat: a base of a kind that is not written; the message says what would survive
-            at 8 and 16 bits.
+            at 8 and 16 bits. Or a base without any module that the LoRA changes.
         WrongBase: a LoRA of another model.
         NonFiniteWeights: NaN or Inf, named; or a result is too large for its type.
         OutputError: `out` cannot be written, or is an input.
@@ -116,6 +116,11 @@ def bake(
         titles = name_loras(opened)
         updates = _sum_updates(opened, model, strengths, blocks)
     groups, left_out = _place_updates(updates, model)
+    if left_out and not groups:
+        raise UnsupportedFormat(
+            f"{model.name}: has no module that the LoRA changes, so nothing can be baked; the "
+            f"first is {next(iter(left_out))}: give a base that has it"
+        )
     random = None if stochastic is None else torch.Generator().manual_seed(stochastic)
     baking = _Baking(model, random, dtype)
 
