@@ -7,6 +7,8 @@ import torch
 from odd_files import ODD_FILES
 from safetensors.torch import load_file, save_file
 
+from prolora import Base
+
 
 @pytest.fixture
 def files(case, tmp_path):
@@ -121,3 +123,27 @@ def test_one_odd_file_keeps_no_other_from_being_checked(prolora, tmp_path):
         assert odd.asked or line in " ".join(out.split()), odd.name
     right = sum(odd.mark == "✔" for odd in ODD_FILES)
     assert f"{right} of {len(paths)} files are as asked" in out
+
+
+def test_the_bases_of_many_loras_are_opened_and_read_once(prolora, case, tmp_path, monkeypatch):
+    """They were for each of them: minutes for a folder of LoRAs and a model of gigabytes."""
+    lora, source, target = case
+    save_file(dict([*load_file(lora).items()][:9]), tmp_path / "few.safetensors")
+    loras, work = [lora, tmp_path / "few.safetensors"], []
+    make, read = Base.__init__, Base.read
+
+    def note(kind, call):
+        return lambda *words, **more: (work.append(kind), call(*words, **more))[1]
+
+    for bases in (["--base", source], ["--source", source, "--target", target]):
+        monkeypatch.setattr(Base, "__init__", make)
+        monkeypatch.setattr(Base, "read", read)
+        alone = [json.loads(prolora("check", one, *bases, "--json")[1]) for one in loras]
+        monkeypatch.setattr(Base, "__init__", note("open", make))
+        monkeypatch.setattr(Base, "read", note("read", read))
+        prolora("check", lora, *bases)
+        once = work.copy()
+        work.clear()
+        assert json.loads(prolora("check", *loras, *bases, "--json")[1]) == alone
+        assert work == once and "open" in work
+        work.clear()

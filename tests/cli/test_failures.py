@@ -57,10 +57,10 @@ def failed_disk(number=errno.ENOSPC, text="No space left on device"):
     ],
 )
 def test_every_error_of_the_system_is_one_line(prolora, monkeypatch, error, code, said):
-    def fail(path, **_):
+    def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr("prolora.cli.check.check_file", fail)
+    monkeypatch.setattr("prolora.cli.check.CheckRequest.check", fail)
     found, out, err = prolora("check", "x")
     assert found == code and said in err and not out and len(err.splitlines()) == 1
 
@@ -85,29 +85,29 @@ def test_a_folder_that_must_not_be_read_is_no_traceback(prolora, case, tmp_path,
 
 
 def test_torch_without_memory_is_no_traceback(prolora, monkeypatch):
-    def fail(path, **_):
+    def fail(*_, **__):
         torch.empty(1 << 60, dtype=torch.uint8)
 
-    monkeypatch.setattr("prolora.cli.check.check_file", fail)
+    monkeypatch.setattr("prolora.cli.check.CheckRequest.check", fail)
     code, _, text = prolora("check", "x")
     assert code == 1 and text.startswith("Error: the system gave no more memory")
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch):
-    def fail(path, **_):
+    def fail(*_, **__):
         raise KeyError("a bug")
 
-    monkeypatch.setattr("prolora.cli.check.check_file", fail)
+    monkeypatch.setattr("prolora.cli.check.CheckRequest.check", fail)
     monkeypatch.setattr("sys.argv", ["prolora", "check", "x"])
     with pytest.raises(KeyError):
         cli.main()
 
 
 def test_an_interrupted_command_says_so_by_its_exit_code(prolora, monkeypatch):
-    def interrupt(path, **_):
+    def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("prolora.cli.check.check_file", interrupt)
+    monkeypatch.setattr("prolora.cli.check.CheckRequest.check", interrupt)
     code, _, text = prolora("check", "x")
     assert code == 130 and text.strip().startswith("Stopped; nothing was written")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,24 +14,16 @@ from ..architectures.identify import explain_adapter
 from ..architectures.loaders import known_loaders
 from ..bases.describe import BaseShapes
 from ..bases.keys.other_models import explain_other_model
-from ..errors import (
-    InvalidOption,
-    MissingFile,
-    UnrelatedBases,
-    UnsupportedFormat,
-    WrongBase,
-    suggest,
-)
-from ..reports.report import Sentence
+from ..errors import InvalidOption, MissingFile, UnsupportedFormat, suggest
 from .check_result import Check
 from .file_facts import check_model, check_tensors, read_base_shapes
 
 if TYPE_CHECKING:  # torch, which takes a second to import, is needed where a base is read
     from ..bases import BaseLike
     from ..bases.base import Progress
-    from ..bases.experts import ExpertsLike
+    from ..bases.experts import Experts, ExpertsLike
     from ..moving.base_fit import BaseMatch
-    from ..verbs.options import TransferOptions
+    from ..moving.base_pair import BasePair
 
 
 def check(
@@ -72,49 +64,81 @@ def check(
         ProLoRAError: what `transfer` refuses, but for a LoRA of another model than the source, one
             model as both, and models that have nothing in common: these are answers.
     """
-    program = program.lower() if isinstance(program, str) else program
-    if program is not None and program not in [*known_loaders()]:
-        programs, meant = ", ".join(known_loaders()), suggest(str(program), known_loaders())
-        raise InvalidOption(f"`program` is one of {programs}, not {program!r}{meant}")
-    if (source is None) != (target is None):
-        raise InvalidOption("give `source` and `target`, or `base`: a verdict takes two models")
-    opened = open_lora(lora)
-    with opened or nullcontext():
-        result = check_model(lora) if opened is None else check_tensors(opened, program, deep)
-        if base is source is None:
-            return result
-        if opened is None or result.kind != "lora":
-            return replace(result, reason=result.reason or "a whole model; compare a LoRA with it")
-        if base is not None:
-            result = replace(result, base_match=_match_base(opened, base))
-        if source is not None and target is not None:
+    return CheckRequest(base, program, deep, source, target, cache).check(lora, progress)
+
+
+@dataclass
+class CheckRequest:
+    """What is asked of LoRAs; bases in files are opened once for all of them."""
+
+    base: ExpertsLike | Experts | None
+    program: str | None
+    deep: bool
+    source: BaseLike | None
+    target: BaseLike | None
+    cache: str | os.PathLike[str] | None
+    _pair: BasePair | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses an unknown program, and one base of two."""
+        name = self.program.lower() if isinstance(self.program, str) else self.program
+        self.program = name
+        if name is not None and name not in [*known_loaders()]:
+            programs, meant = ", ".join(known_loaders()), suggest(str(name), known_loaders())
+            raise InvalidOption(f"`program` is one of {programs}, not {name!r}{meant}")
+        if (self.source is None) != (self.target is None):
+            raise InvalidOption("give `source` and `target`, or `base`: a verdict takes two models")
+
+    def check(self, lora: LoraSource, progress: Progress | None) -> Check:
+        """Checks one LoRA; see `prolora.check`."""
+        opened = open_lora(lora)
+        with opened or nullcontext():
+            if opened is None:
+                result = check_model(lora)
+            else:
+                result = check_tensors(opened, self.program, self.deep)
+            if self.base is self.source is None:
+                return result
+            if opened is None or result.kind != "lora":
+                reason = result.reason or "a whole model; compare a LoRA with it"
+                return replace(result, reason=reason)
+            if self.base is not None:
+                result = replace(result, base_match=self._match_base(opened))
+            if self.source is not None:
+                result = replace(result, move=self._open_pair(opened).judge_move(opened, progress))
+        return result
+
+    def _match_base(self, opened: Lora) -> BaseMatch:
+        """Reports whether a LoRA is for the base or family; of two experts the first decides."""
+        from ..moving import base_fit
+
+        if published := base_fit.find_published(self.base):
+            return base_fit.fit_published(opened, published)
+        try:
+            from ..bases.experts import open_experts
+            from ..moving.lazy_bases import narrow_base
+        except ModuleNotFoundError as error:
+            if error.name != "torch" or not isinstance(self.base, str | os.PathLike):
+                raise
+            with Lora.open(self.base) as header:
+                return base_fit.fit_shapes(opened, _read_known_base(header))
+        try:
+            self.base = experts = open_experts(narrow_base(self.base, opened))
+            return base_fit.fit_shapes(opened, next(iter(experts.values())))
+        except MissingFile as error:
+            raise type(error)(f"{error}{base_fit.suggest_published(self.base)}") from error
+
+    def _open_pair(self, opened: Lora) -> BasePair:
+        """Opens the two bases for a preview; the next LoRA finds what was learnt of them."""
+        if self._pair is None:
+            from ..bases import open_base
+            from ..moving.base_pair import BasePair
+            from ..moving.lazy_bases import narrow_base
             from ..verbs.options import TransferOptions
 
-            options = TransferOptions(cache=cache, progress=progress)
-            result = replace(result, move=_preview_move(opened, source, target, options))
-    return result
-
-
-def _match_base(opened: Lora, base: ExpertsLike) -> BaseMatch:
-    """Reports whether a LoRA is for a base or a family; of two experts the first decides."""
-    from ..moving import base_fit
-
-    if published := base_fit.find_published(base):
-        return base_fit.fit_published(opened, published)
-    try:
-        from ..bases.experts import open_experts
-        from ..moving.lazy_bases import narrow_base
-    except ModuleNotFoundError as error:
-        if error.name != "torch" or not isinstance(base, str | os.PathLike):
-            raise
-        with Lora.open(base) as header:
-            return base_fit.fit_shapes(opened, _read_known_base(header))
-    try:
-        experts = open_experts(narrow_base(base, opened))
-        return base_fit.fit_shapes(opened, next(iter(experts.values())))
-    except MissingFile as error:
-        meant = suggest(base.lower(), base_fit.list_published()) if isinstance(base, str) else ""
-        raise type(error)(f"{error}{meant}") from error
+            old, new = (open_base(narrow_base(x, opened)) for x in (self.source, self.target))
+            self._pair = BasePair.open(old, new, TransferOptions(cache=self.cache))
+        return self._pair
 
 
 def _read_known_base(header: Lora) -> BaseShapes:
@@ -125,22 +149,6 @@ def _read_known_base(header: Lora) -> BaseShapes:
     if reason:
         raise UnsupportedFormat(f"{header.where}: {reason}")
     return base
-
-
-def _preview_move(
-    opened: Lora, source: BaseLike, target: BaseLike, options: TransferOptions
-) -> Sentence:
-    """Describes what a transfer between two bases would do."""
-    from ..bases import open_base
-    from ..moving.base_pair import BasePair
-    from ..moving.lazy_bases import narrow_base
-
-    old, new = (open_base(narrow_base(base, opened)) for base in (source, target))
-    pair = BasePair.open(old, new, options)
-    try:
-        return pair.preview(opened, weighed=True).in_words()
-    except (UnrelatedBases, WrongBase) as error:
-        return Sentence("✖", str(error).removeprefix(f"{opened.where}: "))
 
 
 def open_lora(lora: LoraSource) -> Lora | None:

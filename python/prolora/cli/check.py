@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..checking.check import check as check_file
+from ..checking.check import CheckRequest
 from ..checking.check_result import Check, explain_differences
 from ..errors import InvalidOption, ProLoRAError
 from ..files.hub import spell_path
@@ -58,11 +58,11 @@ def check(
         files, bases = split_bases(files, 2)
         asked |= dict(zip(("source", "target"), bases, strict=True)) if bases[1:] else {}
         base = bases[0] if len(bases) == 1 else None
-    asked["base"] = base
+    request = CheckRequest(base, **asked, cache=None)
     for file in files:
         try:
-            with progress_bar("check", asked["target"] is not None and not as_json) as progress:
-                result = check_file(file, **asked, progress=progress)
+            with progress_bar("check", request.target is not None and not as_json) as progress:
+                result = request.check(file, progress)
         except HANDLED as error:
             if len(files) == 1 or isinstance(error, InvalidOption):
                 raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..adapters.algorithms import forms
@@ -22,7 +23,7 @@ from ..bases.describe import (
     describe_base,
     explain_other_shape,
 )
-from ..errors import ShapeMismatch, UnsupportedFormat
+from ..errors import ShapeMismatch, UnsupportedFormat, suggest
 from ..reports.module_report import (
     ModuleReport,
     list_unread_modules,
@@ -111,9 +112,10 @@ class BaseMatch:
         }
 
 
-def list_published() -> tuple[str, ...]:
-    """Lists the ids of all families and published sizes."""
-    return (*known_families(), *known_layouts(), *_OTHER_NAMES)
+def suggest_published(base: object) -> str:
+    """Asks whether the id most alike, of a family or published size, is meant."""
+    ids = (*known_families(), *known_layouts(), *_OTHER_NAMES)
+    return suggest(base.lower(), ids) if isinstance(base, str) else ""
 
 
 def find_published(base: object) -> str | None:
@@ -134,6 +136,7 @@ def fit_published(lora: Lora, id_: str) -> BaseMatch:
     return replace(best, published=best.base)
 
 
+@cache
 def _outline_published(size: str) -> BaseShapes:
     """Returns the names and shapes of a published size."""
     shapes = load_layout(size).shapes

@@ -8,6 +8,7 @@ from os import PathLike
 
 from .. import adapters
 from ..adapters.formats.moves import read_provenance
+from ..adapters.lora import Lora
 from ..bases import Base
 from ..bases.base import Progress
 from ..bases.cache.basis_cache import BasisCache
@@ -16,6 +17,8 @@ from ..bases.memory import Memory
 from ..comparison.block_matching import preview_match, resolve_match
 from ..comparison.module_map import Match
 from ..core.precision import in_full_precision
+from ..errors import UnrelatedBases, WrongBase
+from ..reports.report import Sentence
 from ..verbs.batch import label_stage
 from ..verbs.block_weights import find_factors, scale_adapter
 from ..verbs.options import LoraLike, TransferOptions, read_dtype, use_lora
@@ -161,6 +164,18 @@ class BasePair:
             ledger = self.plan(opened, "outline", weighed=weighed)
             ledger = self._decide(ledger) if weighed else ledger
         return build_report(ledger, carry_vectors(ledger), dry_run=True)
+
+    def judge_move(self, lora: Lora, progress: Progress | None) -> Sentence:
+        """Judges by the weights what a transfer would do; models that differ are an answer, too.
+
+        Raises:
+            ProLoRAError: see `prolora.transfer`.
+        """
+        self.options = replace(self.options, progress=progress)
+        try:
+            return self.preview(lora, weighed=True).in_words()
+        except (UnrelatedBases, WrongBase) as error:
+            return Sentence("✖", str(error).removeprefix(f"{lora.where}: "))
 
     @in_full_precision
     def transfer(self, lora: LoraLike, *, hashed: bool = True) -> Transfer:
