@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import prolora
 from prolora import errors
+from prolora.core import merging
 
 
 def make_lora(rank, seed, modules=None):
@@ -525,3 +526,17 @@ def test_loras_of_two_models_are_refused_behind_one_that_is_for_either():
         assert len(prolora.merge(pair).adapter.updates) == 2
     with pytest.raises(errors.WrongBase, match=r"LoRA 3 is for .*FLUX.*LoRA 2 is for Qwen-Image"):
         prolora.merge([either, one, other])
+
+
+def test_what_two_loras_share_is_measured_once(monkeypatch):
+    """It was twice, and a third of the time of a merge of twenty LoRAs was the second time."""
+    loras, dense = zip(*(make_lora(2, seed, list(shapes(1))) for seed in range(6)), strict=True)
+    merge, measured, measure = prolora.merge, [], merging.inner_product
+    note = lambda a, b: (measured.append((a, b)), measure(a, b))[1]  # noqa: E731
+    monkeypatch.setattr(merging, "inner_product", note)
+    report = merge(loras).report
+    assert len(report.overlaps) == 15 * len(shapes(1)) and len(measured) == 21 * len(shapes(1))
+    for row in report.overlaps:
+        a, b = (dense[i][row.module] for i in (row.first, row.second))
+        cosine = float((a * b).sum() / a.norm() / b.norm())
+        assert row.cosine == pytest.approx(cosine, abs=1e-6)

@@ -6,8 +6,10 @@ formed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import combinations_with_replacement
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +18,8 @@ from .exceptions import ShapeMismatch
 from .lowrank import LowRank
 from .precision import in_full_precision
 from .recompression import product_svd
+
+Item = TypeVar("Item")
 
 # Columns whose singular value is below this share of the first are rounding.
 _ZERO = 1e-6
@@ -149,11 +153,21 @@ def measure_overlap(parts: Sequence[LowRank]) -> UpdateOverlap:
         ShapeMismatch: the updates differ in shape.
     """
     _check_shapes(parts)
-    lefts, rights = zip(*map(_singular_bases, parts), strict=True)
-    products = [[inner_product(a, b) for b in parts] for a in parts]
+    exact = [part.to(torch.float64) for part in parts]
+    lefts, rights = zip(*map(_singular_bases, exact), strict=True)
     return UpdateOverlap(
-        torch.tensor(products, dtype=torch.float64), _compare_bases(lefts), _compare_bases(rights)
+        _tabulate_pairs(exact, inner_product),
+        _tabulate_pairs(lefts, _compare_bases),
+        _tabulate_pairs(rights, _compare_bases),
     )
+
+
+def _tabulate_pairs(items: Sequence[Item], measure: Callable[[Item, Item], float]) -> Tensor:
+    """Returns a symmetric measure of every two items [k, k]; each pair is measured once."""
+    table = [[0.0] * len(items) for _ in items]
+    for i, j in combinations_with_replacement(range(len(items)), 2):
+        table[i][j] = table[j][i] = measure(items[i], items[j])
+    return torch.tensor(table, dtype=torch.float64)
 
 
 def inner_product(a: LowRank, b: LowRank) -> float:
@@ -169,16 +183,9 @@ def _singular_bases(part: LowRank) -> tuple[Tensor, Tensor]:
     return u[:, :rank], v[:, :rank]
 
 
-def _compare_bases(bases: Sequence[Tensor]) -> Tensor:
-    """Returns Φ [k, k] of orthonormal columns."""
-    return torch.stack(
-        [
-            torch.stack(
-                [(a.mT @ b).square().sum() / max(1, min(a.shape[1], b.shape[1])) for b in bases]
-            )
-            for a in bases
-        ]
-    )
+def _compare_bases(a: Tensor, b: Tensor) -> float:
+    """Returns Φ of two stacks of orthonormal columns."""
+    return ((a.mT @ b).square().sum() / max(1, min(a.shape[1], b.shape[1]))).item()
 
 
 def _check_shapes(parts: Sequence[LowRank]) -> None:

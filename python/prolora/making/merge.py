@@ -228,6 +228,8 @@ class _Merge:
         for part in self.parts:
             kernels |= part.kernels
             for module, update in part.updates.items():
+                if module in updates:
+                    continue
                 ranks = [p.updates[module].rank for p in self.parts if module in p.updates]
                 (m, n), rank = update.shape, sum(ranks)
                 rank = min(m, n, rank) if len(ranks) > 1 else rank
@@ -288,7 +290,7 @@ class _Merge:
         energies, products = [0.0] * len(self.parts), [0.0] * len(self.parts)
         overlaps: list[ModuleOverlap] = []
         for module, update in merged.updates.items():
-            parts, written = self._list_updates(module), update.to(dtype)
+            parts, written = self._list_updates(module), update.to(dtype).to(torch.float64)
             overlaps += relate_updates(module, parts)
             for i, part in parts.items():
                 energies[i] += inner_product(part, part)

@@ -140,7 +140,7 @@ def relate_updates(module: str, parts: Mapping[int, LowRank]) -> Iterator[Module
     if len(parts) < 2:
         return
     overlap, owners = measure_overlap([*parts.values()]), list(parts)
-    products = overlap.products.tolist()
+    products, left, right = (x.tolist() for x in (overlap.products, overlap.left, overlap.right))
     for i, j in itertools.combinations(range(len(owners)), 2):
         own, energy = products[i][i] + products[j][j], math.sqrt(products[i][i] * products[j][j])
         yield ModuleOverlap(
@@ -148,8 +148,8 @@ def relate_updates(module: str, parts: Mapping[int, LowRank]) -> Iterator[Module
             owners[i],
             owners[j],
             cosine=products[i][j] / energy if energy else 0.0,
-            left=overlap.left[i, j].item(),
-            right=overlap.right[i, j].item(),
+            left=left[i][j],
+            right=right[i][j],
             energy=energy,
             sum_energy=1 + 2 * products[i][j] / own if own else 1.0,
         )
