@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import heapq
 import itertools
 import os
 import re
@@ -103,8 +104,8 @@ class InvalidOption(ProLoRAError):
     code = "invalid-option"
 
 
-# Names of a folder among which similar ones are looked for.
-_LISTED = 10_000
+# Names of a folder among which similar ones are looked for, and that are compared in full.
+_LISTED, _COMPARED = 10_000, 50
 
 _WAYS_OUT = {
     errno.EACCES: "change its permissions, or use a folder that you own",
@@ -202,7 +203,10 @@ def describe_missing(path: str | os.PathLike[str], wanted: str = "file") -> str:
     stem, kind = os.path.splitext(name)
     kinds = {kind, "", ".safetensors", ".gguf"}  # what can be read
     stems = {os.path.splitext(n)[0]: n for n in there if os.path.splitext(n)[1] in kinds}
-    alike = [stems[other] for other in difflib.get_close_matches(stem, stems)]
+    # What most letters side by side are in is compared in full, which takes longer a name.
+    pairs = {stem[i : i + 2] for i in range(len(stem) - 1)}
+    likely = heapq.nlargest(_COMPARED, stems, lambda other: sum(pair in other for pair in pairs))
+    alike = [stems[other] for other in difflib.get_close_matches(stem, likely)]
     return f"{text}: no such {wanted}" + (f". Similar here: {', '.join(alike)}" if alike else "")
 
 

@@ -1,5 +1,6 @@
 """What several rooms ask of files: hashes, states, JSON objects, and errors that say what to do."""
 
+import difflib
 import errno
 import hashlib
 import os
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import prolora
 from prolora.errors import MissingFile, OutputError, UnsupportedFormat, input_error, output_error
 from prolora.files.hashing import hash_file, hash_parts, hash_text
 from prolora.files.jsontext import parse_json_object, read_json_object
@@ -52,6 +54,22 @@ def test_a_missing_file_is_told_with_what_is_called_alike_there(tmp_path: Path) 
     ):
         error = input_error(path, FileNotFoundError(errno.ENOENT, "No such file"))
         assert isinstance(error, MissingFile) and re.search(said, str(error)), error
+
+
+def test_few_of_a_folder_s_names_are_compared_in_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All were: beside ten thousand LoRAs a wrong letter cost half a second and more."""
+    for i in range(1000):
+        (tmp_path / f"my_lora_style_{i:05}.safetensors").touch()
+    (tmp_path / "harbour at night.safetensors").touch()
+    compared, prepare = [], difflib.SequenceMatcher.set_seq1
+    note = lambda *words: (compared.append(words), prepare(*words))  # noqa: E731
+    monkeypatch.setattr(difflib.SequenceMatcher, "set_seq1", note)
+    for wrong, near in (("harbor_at_night", "harbour at night"), ("my_lora_stile_00777", "_00777")):
+        with pytest.raises(MissingFile, match=f"Similar here: [^,]*{near}"):
+            prolora.check(tmp_path / f"{wrong}.safetensors")
+    assert 0 < len(compared) < 200
 
 
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
