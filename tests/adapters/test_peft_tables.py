@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import time
 import warnings
 from pathlib import Path
@@ -149,6 +150,22 @@ def peft_folder(folder, **config):
     table = {"peft_type": "LORA", "r": 4, "lora_alpha": 4} | config
     (folder / "adapter_config.json").write_text(json.dumps(table))
     return folder
+
+
+def test_the_weights_of_a_folder_have_the_scale_of_the_configuration_beside_them(tmp_path):
+    folder = peft_folder(tmp_path / "x", lora_alpha=8)
+    weights = folder / "adapter_model.safetensors"
+    loras = folder, weights
+    whole, alone = (prolora.convert(lora, format="kohya").state_dict() for lora in loras)
+    assert whole.keys() == alone.keys() and all(torch.equal(whole[k], alone[k]) for k in whole)
+    checks = [prolora.check(lora) for lora in loras]
+    for answer in checks:
+        (part,) = answer.parts.values()
+        assert answer.format == "peft" and part.scales == {"2": 1}
+    assert checks[0].to_dict() | {"path": ""} == checks[1].to_dict() | {"path": ""}
+    copied = shutil.copy(weights, tmp_path / "adapter_model.safetensors")
+    (part,) = prolora.check(copied).parts.values()
+    assert part.scales == {"1": 1}
 
 
 def test_a_configuration_that_is_too_large_is_refused_before_it_is_parsed(tmp_path):

@@ -78,10 +78,10 @@ class Lora:
         """Opens a LoRA without reading a tensor.
 
         Args:
-            source: a .safetensors file, a state dict, a PEFT folder or a folder that diffusers
-                saved a LoRA in; (state dict, `peft.LoraConfig`), as PEFT has the two in memory;
-                `org/name` or `hf://org/name[@revision][/path]` on the Hugging Face Hub, if no local
-                file has that name; an open LoRA is returned.
+            source: a .safetensors file, a state dict, a PEFT folder (or the weights in it) or a
+                folder that diffusers saved a LoRA in; (state dict, `peft.LoraConfig`), as PEFT has
+                the two in memory; `org/name` or `hf://org/name[@revision][/path]` on the Hugging
+                Face Hub, if no local file has that name; an open LoRA is returned.
             metadata: replaces the metadata of the file; a state dict has none of its own.
 
         Raises:
@@ -101,7 +101,13 @@ class Lora:
         path = Path(source)
         try:
             path = locate_adapter(source)
-            opened = _open_folder(path, metadata) if path.is_dir() else _open_file(path, metadata)
+            if path.is_dir():
+                opened = _open_folder(path, metadata)
+            elif path.name == PEFT_WEIGHTS and (path.parent / PEFT_CONFIG).is_file():
+                # One adapter, whose scale the configuration has.
+                opened = replace(_open_folder(path.parent, metadata), location=path)
+            else:
+                opened = _open_file(path, metadata)
         except OSError as error:  # a folder without permission, a name that is too long, …
             raise input_error(path, error) from error
         return opened if path == Path(source) else replace(opened, where=spell_path(source))
