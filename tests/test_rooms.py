@@ -129,7 +129,7 @@ LIMITS = {
     "core/": 6860,
     "files/": 1720,
     "best.py": 220,
-    "checking/": 830,
+    "checking/": 870,
     "fitting/": 7090,
     "fleet/": 575,
     "making/": 2050,

@@ -110,4 +110,6 @@ def test_a_base_without_any_module_of_the_lora_is_not_called_baked():
         prolora.bake([text], base)
     done = prolora.bake([text, lora_tensors()], base)
     assert [*done.left_out] == ["text_encoder.text_model.encoder.layers.0.self_attn.q_proj"]
-    assert done.in_words().mark == "⚠" and done.whole.survived == pytest.approx(1)
+    sentence = done.in_words()
+    assert sentence.mark == "⚠" and done.whole.survived == pytest.approx(1)
+    assert sentence.headline.endswith("have the LoRA but for 1 of its modules.")

@@ -78,6 +78,8 @@ class BakeReport(Report):
         wrote = (f"wrote {self.path}",) if self.path else ()
         if share >= SURVIVES:
             headline = f"{share:.0%} of the LoRA is in the weights of {self.base}."
+            if count := len(self.left_out):
+                headline = f"{self.base}'s weights have the LoRA but for {count} of its modules."
             return Sentence(mark, headline, wrote, left_out)
         also = ", or round at random (`stochastic`)" if self.stochastic is None else ""
         way = f"To keep all: `dtype='bfloat16'`, or keep the LoRA as a file{also}."
