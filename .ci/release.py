@@ -229,9 +229,9 @@ def use(archive: Path, models: Path, home: Path) -> list[str]:
         ("demo",),
     ):
         done = subprocess.run([scripts / "prolora", *words], cwd=home, capture_output=True)
-        said = done.stderr.decode(errors="replace")
-        if done.returncode or "WARNING" in said:  # of a library that this environment lacks
-            faults.append(f"`prolora {words[0]}`: {said}")
+        messages = done.stderr.decode(errors="replace")
+        if done.returncode or "WARNING" in messages:  # of a library that this environment lacks
+            faults.append(f"`prolora {words[0]}`: {messages}")
     return faults
 
 

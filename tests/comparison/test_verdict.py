@@ -71,8 +71,8 @@ def test_a_weight_that_is_not_finite_is_refused():
 
 def test_auto_refuses_unrelated_bases_and_a_method_by_name_does_not():
     source, target = named(source_weights()), named(unrelated())
-    said = "these two models have nothing in common: they were trained apart"
-    with pytest.raises(prolora.errors.UnrelatedBases, match=said) as refused:
+    reason = "these two models have nothing in common: they were trained apart"
+    with pytest.raises(prolora.errors.UnrelatedBases, match=reason) as refused:
         prolora.transfer(lora_tensors(), source, target)
     first, _, rest = str(refused.value).partition("Next: `fit()`")
     assert "copy" not in first and ", or train the LoRA on " in rest

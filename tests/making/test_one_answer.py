@@ -43,11 +43,11 @@ def test_a_lora_of_another_model_is_refused_in_one_sentence(verb, kind, tmp_path
         }
     save_file(tensors, tmp_path / "lora.safetensors")
     role, name = ("source", "the source") if verb == "transfer" else ("base", "state dict")
-    said = f"This LoRA is for FLUX.1. The {role} you gave, {name}, is a UNet with 3 transf"
+    sentence = f"This LoRA is for FLUX.1. The {role} you gave, {name}, is a UNet with 3 transf"
     for lora, start in ((tensors, ""), (path := tmp_path / "lora.safetensors", f"{path}: ")):
         with pytest.raises(errors.WrongBase) as refusal:
             VERBS[verb](lora, base)
-        assert str(refusal.value).startswith(start + said)
+        assert str(refusal.value).startswith(start + sentence)
         assert "the state dict" not in str(refusal.value)
         assert str(refusal.value).count(str(path)) == bool(start)
 
@@ -57,10 +57,10 @@ def test_nan_in_a_base_is_named_for_a_lora_that_depends_on_its_weights(verb):
     weights = source_weights()
     module = next(iter(weights))
     weights[module][0, 1] = torch.nan
-    said = rf"{module}.weight of .*: 1 of 576 values are NaN or Inf, the first at \[0, 1\]"
+    place = rf"{module}.weight of .*: 1 of 576 values are NaN or Inf, the first at \[0, 1\]"
     loras = [make_dora(), lora_tensors()] if verb in ("bake", "transfer") else [make_dora()]
     for lora in loras:  # a plain one needs no weights to be converted or merged
-        with pytest.raises(errors.NonFiniteWeights, match=said):
+        with pytest.raises(errors.NonFiniteWeights, match=place):
             VERBS[verb](lora, make_base(weights))
 
 
@@ -105,8 +105,8 @@ def test_a_base_without_any_module_of_the_lora_is_not_called_baked():
         f"{path}.lora_up.weight": torch.ones(8, 2),
         f"{path}.lora_down.weight": torch.ones(2, 8),
     }
-    base, said = make_base(source_weights()), "no module that the LoRA changes.*self_attn.q_proj:"
-    with pytest.raises(errors.UnsupportedFormat, match=said):
+    base, reason = make_base(source_weights()), "no module that the LoRA changes.*self_attn.q_proj:"
+    with pytest.raises(errors.UnsupportedFormat, match=reason):
         prolora.bake([text], base)
     done = prolora.bake([text, lora_tensors()], base)
     assert [*done.left_out] == ["text_encoder.text_model.encoder.layers.0.self_attn.q_proj"]

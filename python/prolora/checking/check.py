@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -77,7 +77,7 @@ class CheckRequest:
     source: BaseLike | None
     target: BaseLike | None
     cache: str | os.PathLike[str] | None
-    _pair: BasePair | None = None
+    _pair: BasePair | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         """Refuses an unknown program, and one base of two."""

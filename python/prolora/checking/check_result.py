@@ -195,7 +195,7 @@ class Check:
         """Returns what is known of the file, as names and texts."""
         sentences = (*self.move.lines, *self.move.cautions) if self.move else ()
         rows = [("", line) for line in sentences]
-        if self.move and "`" in " ".join([self.move.headline, *sentences]):
+        if self.move and "=" in " ".join([self.move.headline, *sentences]):
             rows.append(("", "The options named here are those of `transfer()`."))
         first = {self.headline, *(one.text for one in self.defects)}
         rows += [one for one in self.verdicts() if one[0] != "✔" and one[1] not in first]

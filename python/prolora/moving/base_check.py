@@ -74,7 +74,7 @@ def read_lora(
     sentences = []
     if title not in ("", kind):
         name = _name_fully(base)
-        role = "base" if other in (None, base) else "source"
+        role = "base" if other is None or other is base else "source"
         sentences = [f"This LoRA is for {title}. The {role} you gave, {name}, is {kind}."]
     if fits_other:
         sentences.append("It fits the target and not the source: did you swap them?")
