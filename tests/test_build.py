@@ -29,11 +29,12 @@ def backend(monkeypatch):
     return module
 
 
-def machine(monkeypatch, tools, system="linux", processor="x86_64"):
+def machine(monkeypatch, tools, system="linux", processor="x86_64", headers=True):
     monkeypatch.setattr(sys, "platform", system)
     monkeypatch.setattr("platform.machine", lambda: processor)
     monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}" if name in tools else None)
     monkeypatch.setattr("os.path.exists", lambda path: False)
+    monkeypatch.setattr("os.path.isfile", lambda path: headers and path.endswith("Python.h"))
     monkeypatch.setattr("ctypes.util.find_library", lambda name: None)
 
 
@@ -75,6 +76,32 @@ def test_a_machine_without_a_compiler_gets_a_pure_wheel_and_one_line(backend, mo
     run(backend, works=is_pure)
     assert capsys.readouterr().err == (
         "prolora: built without the compiled extension: there is no C++ compiler\n"
+    )
+
+
+def test_a_python_without_headers_such_as_that_of_comfyui_portable_gets_a_pure_wheel(
+    backend, monkeypatch, capsys
+):
+    machine(monkeypatch, {"c++"}, "win32", "AMD64", headers=False)
+    assert needs(backend) == []
+    (settings,) = run(backend, works=is_pure)
+    assert is_pure(settings) and "this Python has no headers" in capsys.readouterr().err
+
+
+def test_pip_builds_with_a_python_that_ignores_pythonpath_as_that_of_comfyui_portable(tmp_path):
+    # What pip makes for a build: a folder that PYTHONPATH names, which enters that of requirements.
+    site, required = tmp_path / "site", tmp_path / "required"
+    for folder in (site, required / "scikit_build_core"):
+        folder.mkdir(parents=True)
+    # Python's own modules count as packages there, and would be missing.
+    (site / "sitecustomize.py").write_text(f"import sys; sys.path = [{str(required)!r}]")
+    for name in ("__init__", "build"):
+        (required / "scikit_build_core" / f"{name}.py").touch()
+    code = f"import sys; sys.path.append({str(BACKEND.parent)!r}); import build_backend, wave"
+    subprocess.run(
+        [sys.executable, "-B", "-I", "-S", "-c", code],
+        env=os.environ | {"PYTHONPATH": str(site)},
+        check=True,
     )
 
 
