@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -12,7 +13,23 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
+import safetensors.torch
 import torch
+
+if os.name == "nt":
+
+    def load_file(path: Any, device: str = "cpu") -> dict[str, torch.Tensor]:
+        """Copies what it reads: Windows refuses to write into a file that is mapped."""
+        with safetensors.safe_open(path, "pt", device) as file:
+            return {key: file.get_tensor(key).clone() for key in file.keys()}
+
+    def skip(*_: Any, **__: Any) -> None:
+        if not sys._getframe(1).f_globals["__name__"].startswith("_pytest"):
+            pytest.skip("Windows has none, or only for administrators")
+
+    safetensors.torch.load_file = load_file
+    os.mkfifo = os.symlink = Path.symlink_to = skip
+
 from backends import GuardedMemory, Kernels, load, missing
 from hubs import cloud, hub_server  # noqa: F401 (fixtures)
 from hypothesis import settings

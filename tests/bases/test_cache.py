@@ -236,11 +236,13 @@ def test_without_a_cache_nothing_is_kept(tmp_path, monkeypatch):
     assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "out.safetensors"])
 
 
-def test_the_default_folder_is_the_platform_s_unless_the_environment_names_one(monkeypatch):
+def test_the_default_folder_is_the_platform_s_unless_the_environment_names_one(
+    monkeypatch, tmp_path
+):
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.delenv("PROLORA_CACHE", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-    assert default_folder() == Path("/somewhere/prolora")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert default_folder() == tmp_path / "prolora"
     monkeypatch.setenv("XDG_CACHE_HOME", "relative, so it counts as not set")
     assert default_folder() == Path.home() / ".cache" / "prolora"
     monkeypatch.setattr(sys, "platform", "darwin")

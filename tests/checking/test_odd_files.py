@@ -50,7 +50,8 @@ def ask_page(pairs):
     """The page's answers in a Python that has nothing but the package."""
     line = [sys.executable, "-I", "-S", "-c", ALONE, ROOT / "python"]
     line.append(json.dumps(pairs, default=str))
-    return json.loads(subprocess.check_output(line, input=read_page_script(), text=True))
+    answers = subprocess.check_output(line, input=read_page_script().encode())
+    return json.loads(answers)
 
 
 def test_the_page_says_of_twelve_loras_and_models_what_check_says(tmp_path):

@@ -158,12 +158,12 @@ def test_a_report_is_a_page_where_its_name_says_so(prolora, line, tmp_path):
 
 def test_the_page_of_several_loras_has_a_line_for_each(prolora, case, tmp_path):
     lora, source, target = case
-    bad, page = tmp_path / "<b>bad.safetensors", tmp_path / "index.html"
+    bad, page = tmp_path / "a&bad.safetensors", tmp_path / "index.html"
     bad.write_bytes(b"x")
     line = ("transfer", lora, bad, "--source", source, "--target", target, "--report", page)
     assert prolora(*line, "-o", tmp_path / "moved")[0] == 2
     text = page.read_text("utf-8")
-    assert "<h1>✖ 2 LoRAs: 1 moved, 1 failed</h1>" in text and "&lt;b&gt;bad.safetensors" in text
+    assert "<h1>✖ 2 LoRAs: 1 moved, 1 failed</h1>" in text and "a&amp;bad.safetensors" in text
     # Results that are there already have no numbers.
     page.unlink()
     assert prolora(*line, "-o", tmp_path / "moved")[0] == 2

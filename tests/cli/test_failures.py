@@ -53,7 +53,7 @@ def failed_disk(number=errno.ENOSPC, text="No space left on device"):
         (failed_disk(), 1, "No space left"),
         (failed_disk(errno.EFBIG, "File too large"), 1, "File too large"),
         (failed_disk(errno.EROFS, "Read-only file system"), 1, "Read-only file system"),
-        (failed_disk(getattr(errno, "EDQUOT", errno.EIO), "Quota"), 1, "Quota"),
+        (failed_disk(errno.EDQUOT, "Quota"), 1, "Quota"),
     ],
 )
 def test_every_error_of_the_system_is_one_line(prolora, monkeypatch, error, code, said):

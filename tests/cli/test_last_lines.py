@@ -1,5 +1,6 @@
 """What a command over several LoRAs prints last, and what its help promises."""
 
+import os
 import re
 import shutil
 from pathlib import Path
@@ -25,7 +26,7 @@ def test_several_transfers_end_with_mark_folder_and_strengths(prolora, loras, tm
     files, bases = loras
     for _ in range(2):  # the second time they are kept
         code, text, _ = prolora("transfer", *files, *bases, "-o", tmp_path / "moved")
-        assert code == 0 and text.splitlines()[-1] == LAST.format(f"{tmp_path / 'moved'}/")
+        assert code == 0 and text.splitlines()[-1] == LAST.format(f"{tmp_path / 'moved'}{os.sep}")
 
 
 def test_another_look_is_advised_by_flags_that_a_transfer_takes(prolora, tmp_path):
@@ -46,7 +47,7 @@ def test_a_migration_ends_with_mark_folder_and_strengths(prolora, loras, tmp_pat
     for _ in range(2):
         code, text, _ = prolora("migrate", *files, *bases, "-o", tmp_path / "moved")
         folder = next((tmp_path / "moved").iterdir())
-        assert code == 0 and text.splitlines()[-1] == LAST.format(f"{folder}/")
+        assert code == 0 and text.splitlines()[-1] == LAST.format(f"{folder}{os.sep}")
 
 
 def test_an_extraction_has_the_type_that_its_help_names(prolora, tmp_path, case):

@@ -15,10 +15,12 @@ from hypothesis import strategies as st
 from property_examples import examples
 from torch import Tensor
 
+import prolora
 from prolora.errors import UnsupportedFormat
 from prolora.files import dtypes
 from prolora.files.safetensors_file import SafetensorsFile
 from prolora.files.safetensors_writing import write_safetensors
+from prolora.files.shared_file import SharedFile
 
 DTYPES = sorted(map(dtypes.find_torch_dtype, dtypes.SIZES), key=str)
 FAST = settings(
@@ -54,7 +56,7 @@ def test_rows_are_the_rows_of_the_whole(
 ) -> None:
     """Any axis count from one up."""
     if not by_position:
-        monkeypatch.delattr(os, "preadv")
+        monkeypatch.delattr(os, "preadv", raising=False)
     tensors = {"conv": sample(torch.float16, 6, 2, 3, 3), "vector": sample(torch.int64, 7)}
     write_safetensors(tmp_path / "x.safetensors", tensors, {})
     file = SafetensorsFile(tmp_path / "x.safetensors")
@@ -63,6 +65,17 @@ def test_rows_are_the_rows_of_the_whole(
         assert file.read_rows(name, 3, 3).shape == tensor[3:3].shape
         with pytest.raises(IndexError, match=name):
             file.read_rows(name, 2, len(tensor) + 1)
+
+
+def test_a_refused_file_is_closed_though_its_error_is_kept(tmp_path: Path, monkeypatch) -> None:
+    """On Windows an open file can be neither replaced nor deleted."""
+    closed, close = [], SharedFile.close
+    monkeypatch.setattr(SharedFile, "close", lambda self: (closed.append(self), close(self)))
+    (tmp_path / "x.safetensors").write_bytes(b"nothing")
+    with pytest.raises(UnsupportedFormat) as kept:
+        prolora.check(tmp_path / "x.safetensors")
+    assert len(closed) == 1 and kept.value
+    (tmp_path / "x.safetensors").unlink()
 
 
 def test_a_cut_off_file_names_the_first_tensor_that_is_incomplete(tmp_path: Path) -> None:
@@ -225,7 +238,7 @@ def test_a_header_that_starts_like_a_pickle_is_still_read(tmp_path: Path) -> Non
     [
         (b"GGUF\3\0\0\0\0\0", "base models are read from GGUF"),
         *(
-            (start, "/x: a web page.*login")
+            (start, r"[/\\]x: a web page.*login")
             for start in (b"<!DOCTYPE html>", b"<html>", b"<!doctype html>")
         ),
     ],

@@ -121,6 +121,7 @@ def test_a_file_that_reads_back_differently_never_gets_its_name(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes")
 def test_a_written_file_has_the_mode_any_new_file_has(tmp_path: Path) -> None:
     """Others of the group can read it; a file that is replaced keeps its mode."""
     (tmp_path / "plain").touch()

@@ -1,6 +1,5 @@
 """Folders of LoRAs: weights are looked at once for all, one bad file stops none, runs go on."""
 
-import signal
 import subprocess
 import sys
 from importlib import import_module
@@ -96,7 +95,7 @@ prolora.transfer_many({list(map(str, loras))!r}, {str(source)!r}, {str(target)!r
 """
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "saved\n"
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.wait()
     outcomes = prolora.transfer_many(loras, source, target, moved)
     assert [o.status for o in outcomes] == ["already there", "moved", "moved"]

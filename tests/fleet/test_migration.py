@@ -190,7 +190,7 @@ def test_kills_and_two_drivers_lose_nothing(tmp_path):
         while process.poll() is None and len(list(out.rglob("*.saf*"))) < before + 3:
             time.sleep(0.01)
         time.sleep(drawn.random() / 20)
-        process.send_signal(signal.SIGKILL)
+        process.kill()
         process.wait()
     drivers = [start(collection, out) for _ in range(2)]
     assert [driver.wait() for driver in drivers] == [0, 0]

@@ -37,7 +37,9 @@ class Hub(ModuleType):
         if not (self.folder / repo).is_dir():
             raise LookupError(f"404: {repo}")
         assert not self.constants.HF_HUB_OFFLINE
-        names = [str(p.relative_to(self.folder / repo)) for p in (self.folder / repo).rglob("*.*")]
+        names = [
+            p.relative_to(self.folder / repo).as_posix() for p in (self.folder / repo).rglob("*.*")
+        ]
         self.asked = revision
         siblings = [SimpleNamespace(rfilename=name) for name in names]
         return SimpleNamespace(sha=COMMIT, siblings=siblings)
@@ -87,7 +89,7 @@ def hub_server(tmp_path):
             path = self.path.partition("?")[0]
             prefix = next((p for p in PREFIXES if path.startswith(p)), "//")
             if path.startswith("/api/models/org/m"):
-                names = [str(p.relative_to(repo)) for p in sorted(repo.rglob("*.*"))]
+                names = [p.relative_to(repo).as_posix() for p in sorted(repo.rglob("*.*"))]
                 siblings = [{"rfilename": name} for name in names]
                 content = json.dumps({"id": "org/m", "sha": COMMIT, "siblings": siblings}).encode()
                 self.send_response(200)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from ..errors import OutputError, UnsupportedFormat
 from ..files.gguf_file import GgufFile
-from ..files.hashing import hash_file, hash_parts, read_blocks
+from ..files.hashing import hash_file, hash_parts
 from ..files.safetensors_file import SafetensorsFile
 from ..files.state import FileState, flush_file, read_state
 from ..files.store import Store
@@ -50,22 +49,13 @@ def is_settled(state: FileState) -> bool:
 def open_memory(path: Path, state: FileState, folder: Path | None) -> JsonTable:
     """Returns the digests that are remembered of a file in this state.
 
-    `folder` remembers digests between runs; with None only this process does. Windows keeps no time
-    of the last change of any kind: there pieces of the content belong to the state.
+    `folder` remembers digests between runs; with None only this process does.
     """
-    pieces = hash_parts(_read_pieces(path)) if os.name == "nt" else ""
-    name = f"{os.path.realpath(path)} {' '.join(map(str, state))} {pieces}"
+    name = f"{os.path.realpath(path)} {' '.join(map(str, state))}"
     file = None if folder is None else Store(folder).path("files", name, suffix=".json")
     if (key := f"{folder} {name}") not in _known:
         _known[key] = JsonTable(file)
     return _known[key]
-
-
-def _read_pieces(path: Path, size: int = 1 << 12, count: int = 18) -> Iterator[bytes]:
-    """Yields head, tail and sixteen pieces of a file between them."""
-    length = max(0, path.stat().st_size - size)
-    for start in sorted({i * length // (count - 1) for i in range(count)}):
-        yield from read_blocks(path, start, size)
 
 
 def digest_file(path: Path, folder: Path | None = None) -> str:

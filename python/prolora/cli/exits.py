@@ -80,7 +80,7 @@ def find_exit_code(error: BaseException) -> ExitCode:
     if isinstance(error, IncompleteResult):
         return ExitCode.INCOMPLETE
     number = getattr(error.__cause__, "errno", None)  # of an output
-    full = errno.errorcode.get(number or 0) in ("ENOSPC", "EDQUOT", "EFBIG", "EIO", "EROFS")
+    full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
     if full or isinstance(error, OSError | MemoryError | UnicodeError) or _is_out_of_memory(error):
         return ExitCode.FAILED
     return ExitCode.REFUSED

@@ -99,13 +99,16 @@ class SafetensorsFile:
         try:
             status = file.status()
             raw = _read_header(file, self.path, status.st_size)
-        except OSError as error:
-            raise input_error(self.path, error) from error
+            self.metadata, self.tensors = _parse_header(raw, self.path)
+            self.data_start = 8 + len(raw)
+            _check_extent(self.tensors, self.path, status.st_size - self.data_start)
+        except BaseException as error:
+            file.close()  # or it is open as long as its error: Windows does not replace it then
+            if isinstance(error, OSError):
+                raise input_error(self.path, error) from error
+            raise
         self.state = FileState.from_status(status)
-        self.data_start = 8 + len(raw)
         self.header_digest = hashlib.sha256(raw).hexdigest()
-        self.metadata, self.tensors = _parse_header(raw, self.path)
-        _check_extent(self.tensors, self.path, status.st_size - self.data_start)
 
     def locate(self, name: str) -> int:
         """Returns the first byte of a tensor, counted from the beginning of the file."""

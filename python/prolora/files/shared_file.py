@@ -33,9 +33,13 @@ class SharedFile:
         self._lock = None if hasattr(os, "preadv") else threading.Lock()
 
     def __del__(self) -> None:
-        """Closes the file."""
+        """Closes the file with its last reader."""
         if hasattr(self, "_file"):
-            self._file.close()
+            self.close()
+
+    def close(self) -> None:
+        """Closes the file at once."""
+        self._file.close()
 
     def status(self) -> os.stat_result:
         """Returns the file's size and times."""

@@ -31,6 +31,7 @@ from ..core.methods import Method, find_method
 from ..errors import ProLoRAError
 from ..files.hashing import hash_file, hash_tensors, hash_text
 from ..files.hub import keep_path
+from ..files.state import read_state
 from ..files.store import replace_surrogates
 from ..reports.lora_report import LoraReport, MovedReport
 from ..reports.report import MADE_BEFORE, VERDICT
@@ -270,7 +271,10 @@ class Recipe:
         """Returns a digest of a LoRA's file, computed once for each of its states."""
         if lora.file is None:
             return compute()
-        state, entry = lora.file.state, f"{what} {json.dumps(lora.config, sort_keys=True)}"
+        entry = f"{what} {json.dumps(lora.config, sort_keys=True)}"
+        state = read_state(lora.file.path)
+        if not state.has_content_of(lora.file.state):  # replaced since it was opened
+            return compute()
         memory = open_memory(lora.file.path, state, self.memory)
         if (recorded := memory.get(entry)) is None:
             recorded = compute()
