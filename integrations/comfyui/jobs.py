@@ -26,6 +26,7 @@ FORMATS = {"ComfyUI": "comfyui", "as it came": AUTO, "kohya": "kohya", "diffuser
 MOVED = "zz-moved"
 """The folder of results, which comes last in ComfyUI's lists."""
 
+_AGAIN = "-again"  # ends the name of what is written while a link to its LoRA has the usual one
 _MOST_BYTES = 100
 # The bytes of a model that trainers hash for the header of a LoRA.
 _HASHED_START, _HASHED_SIZE = 0x100000, 0x10000
@@ -43,11 +44,8 @@ class Place:
     @property
     def folder(self) -> Path:
         """The folder: all parts of the target's name that tell something."""
-        return (
-            self.root
-            / MOVED
-            / (make_plain(words.shorten(self.target).replace("/", "-")) or "target")
-        )
+        plain = make_plain(words.shorten(self.target).replace("/", "-"))
+        return self.root / MOVED / (plain or "target")
 
     def name(self, lora: str, label: str, digest: str) -> Path:
         """A result's path below `folder`: in folders as the LoRA is, what tells most first."""
@@ -176,9 +174,9 @@ def move_loras(
     def naming(lora: Path, digest: str) -> str:
         path = place.name(names[lora], settings.label(), digest)
         result = place.folder / path.with_name(f"{path.name}.safetensors")
-        if result.is_file() and result.samefile(lora):  # a link of `link_to_original`
-            result.unlink()
-        return str(path)
+        # A link of `_spare` stays: Windows removes no file that ComfyUI has loaded.
+        linked_before = result.is_file() and result.samefile(lora)
+        return f"{path}{_AGAIN}" if linked_before else str(path)
 
     try:
         options = settings.options() | {"cache": default_folder(), "progress": progress}
@@ -237,7 +235,8 @@ def holds_the_same(one: Path, other: Path) -> bool:
 
 def _spare(original: Path, result: Path, linked: bool) -> Path:
     """Makes a result that equals its original a link to it, or removes it."""
-    if linked:
+    usual = result.with_stem(result.stem.removesuffix(_AGAIN))
+    if linked and usual == result:
         link = result.with_name(f".{result.name}.link")
         try:
             os.link(original, link)
@@ -246,8 +245,8 @@ def _spare(original: Path, result: Path, linked: bool) -> Path:
             link.unlink(missing_ok=True)
         return result
     for path in (result, result.with_suffix(".html")):
-        path.unlink()
-    return original
+        path.unlink(missing_ok=True)
+    return usual if linked else original
 
 
 def merge(loras: Mapping[str, Path], strengths: Sequence[float], method: str, root: Path) -> Moved:
@@ -258,8 +257,9 @@ def merge(loras: Mapping[str, Path], strengths: Sequence[float], method: str, ro
     out = root / MOVED / "merged" / f"{names[:_MOST_BYTES]}-{digest}.safetensors"
     shown = {path: name for name, path in loras.items()}
     try:
-        options = {"method": method, "strengths": tuple(strengths), "overwrite": True}
-        report = prolora.merge([*loras.values()], out=out, **options).report
+        options = {"method": method, "strengths": tuple(strengths)}
+        unwritten = None if out.is_file() else out  # Windows replaces no file that is loaded
+        report = prolora.merge([*loras.values()], out=unwritten, **options).report
         report.save(out.with_suffix(".html"), overwrite=True, spell=words.say)
     except prolora.ProLoRAError as error:
         raise words.Refusal(words.explain(error, names=shown)) from None

@@ -75,9 +75,9 @@ def explain(
             "The models under “trained on” and “use on” are built differently: no part of this "
             f"LoRA has a place on the second. {_BY_FIT}"
         )
-    if wrong := re.search(r"This LoRA is for [^(]*The source you gave, [^(]*", str(error)):
+    if wrong := re.search(r"This LoRA is for .*source you gave, .*?(?=\.? \(|\. I)", str(error)):
         told = re.sub("The source you gave, (.*), is ", r"“trained on” is \1: ", wrong[0])
-        return f"{told.rstrip()} Choose the model that the LoRA was trained on."
+        return f"{told}. Choose the model that the LoRA was trained on."
     text = str(error).removesuffix(error.command).rstrip()
     for path, name in (names or {}).items():
         text = text.replace(str(path), name)
@@ -117,7 +117,7 @@ def tell_report(told: Any, name: str, way: str, next_step: str) -> str:
     """At most six lines on a LoRA that was moved; `name` is its own in ComfyUI's list."""
     kept = [line for line in (*told.lines, *told.cautions) if not line.startswith("Next:")]
     moved = " ".join([f"{way}.", *kept[:1]])
-    lines = [f"{told.mark} {told.headline}", f"File: loras/{name}", moved, *kept[1:]]
+    lines = [f"{told.mark} {told.headline}", f"File: {Path('loras', name)}", moved, *kept[1:]]
     lines += [f"{next_step} The button opens the whole report."] if next_step else []
     return "\n".join(map(say, lines))
 

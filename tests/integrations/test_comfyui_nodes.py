@@ -465,6 +465,13 @@ def test_a_folder_of_loras_that_work_as_they_are_takes_no_disk(pack, models, twi
             True,
             True,
         ]
+    # Windows removes no file that is open, as ComfyUI has one that is loaded.
+    before = results[0].stat()
+    with results[0].open("rb"):
+        assert move_folder(pack, **twin)[0].startswith("✔ 2 LoRAs (2 ✔)")
+        assert move(pack, **twin) == "one.safetensors"
+    assert sorted((models / "loras/zz-moved").rglob("*.safetensors")) == results
+    assert results[0].stat() == before and results[0].samefile(originals[0])
 
 
 def test_models_that_were_chosen_the_wrong_way_round_are_refused(pack, models):
@@ -474,6 +481,16 @@ def test_models_that_were_chosen_the_wrong_way_round_are_refused(pack, models):
     assert move_folder(pack)[1].startswith("✖ one.safetensors: This LoRA says")
     assert "the other way round" in refusal(pack, "ProloraAdvise", LORA | BASES)
     assert not list((models / "loras/zz-moved").rglob("one*"))
+
+
+def test_a_lora_of_another_kind_than_the_model_is_refused_in_whole_sentences(pack):
+    explain = sys.modules["comfyui_prolora.words"].explain
+    wrong = "This LoRA is for FLUX.1. The source you gave, a.safetensors, is Stable Diffusion 1.5"
+    for end in (" (4 blocks). (No)", ". (No)", ". It fits the target and not the source (No)"):
+        assert explain(prolora.errors.WrongBase(wrong + end)) == (
+            "This LoRA is for FLUX.1. “trained on” is a.safetensors: Stable Diffusion 1.5. Choose "
+            "the model that the LoRA was trained on."
+        )
 
 
 def test_a_merge_is_that_of_the_command_line(pack, models, tmp_path, prolora_command):
@@ -489,6 +506,10 @@ def test_a_merge_is_that_of_the_command_line(pack, models, tmp_path, prolora_com
     first, second = load_file(models / "loras" / name), load_file(out)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
+    before = (models / "loras" / name).stat()
+    with (models / "loras" / name).open("rb"):  # loaded: Windows would not replace it
+        assert run(pack, "ProloraMergeLoras", **values)[0] == (name, report)
+    assert (models / "loras" / name).stat() == before
     twice = values | {"lora_2": "one.safetensors"}
     assert "each LoRA once" in refusal(pack, "ProloraMergeLoras", twice)
     assert "under “LoRA”" in refusal(pack, "ProloraMergeLoras", values | {"lora_1": "choose…"})
