@@ -291,7 +291,7 @@ class TransferOptions(Output, BaseResources):
     blocks: Blocks | None = option(
         None,
         "Factors by block on what is written: a number for each block in depth order, as block "
-        'weights have them ("1,0,0,0,1,1,0.5,0,0,0"), or names with numbers ("IN04-IN08=0.5, '
+        'weights have them ("1,0,0,0,1,1,0.5,0"), or names with numbers ("IN04-IN08=0.5, '
         'OUT*=0", "double_blocks.0-9=0"). A block with 0 is left out.',
         panel=METHOD,
         metavar="WEIGHTS",
