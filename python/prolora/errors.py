@@ -8,7 +8,9 @@ import heapq
 import itertools
 import os
 import re
+import shlex
 from collections.abc import Callable, Iterable
+from functools import partial
 
 from .core.exceptions import (
     KernelFailure,
@@ -44,6 +46,7 @@ __all__ = [
     "describe_missing",
     "explain_os_error",
     "input_error",
+    "join_words",
     "name_options",
     "output_error",
     "suggest",
@@ -124,6 +127,10 @@ _WAYS_OUT = {
     errno.ENFILE: "too many files are open on this machine: run again",
 }
 
+# What Windows reports of a file that is open or mapped elsewhere: refused access, a sharing or lock
+# violation, a mapped section.
+_IN_USE = (5, 32, 33, 1224)
+_NO_NAME = 123  # of a path that Windows has no file for, as one with "*" in it
 
 # An option, perhaps with its value, or a call; a page of HTML writes quotes as entities.
 _NAMED = re.compile(
@@ -149,6 +156,17 @@ def name_options(text: str, name: Callable[[str, str | None], str | None]) -> st
     return _NAMED.sub(rename, text)
 
 
+def join_words(words: Iterable[str]) -> str:
+    r"""Joins the words of a command line as this system's shell reads them.
+
+    cmd.exe has double quotes alone; `\` is a letter there, but for those before a quote.
+    """
+    if os.name != "nt":
+        return shlex.join(words)
+    quote = partial(re.sub, r'(\\*)("|$)', lambda m: m[1] * 2 + m[2].replace('"', r"\""))
+    return " ".join(x if re.fullmatch(r"[\w./:\\+@%=,-]+", x) else f'"{quote(x)}"' for x in words)
+
+
 def suggest(word: str, words: Iterable[str]) -> str:
     """Asks whether the word most alike is meant."""
     near = difflib.get_close_matches(word, list(words), 1)
@@ -163,6 +181,10 @@ def explain_os_error(error: OSError | ValueError) -> str:
     if not isinstance(error, OSError):
         return str(error)
     way_out = _WAYS_OUT.get(error.errno or 0)
+    if error.errno == errno.ENOENT:
+        way_out = _explain_length(error.filename2 or error.filename) or way_out
+    if getattr(error, "winerror", 0) in _IN_USE:
+        way_out = f"close the program that has it open, such as ComfyUI, or {way_out}"
     reason = error.strerror or str(error) or type(error).__name__
     return f"{reason}; {way_out}" if way_out else reason
 
@@ -171,7 +193,7 @@ def input_error(
     path: str | os.PathLike[str], error: OSError | ValueError, what: str = "cannot be read"
 ) -> UnsupportedFormat:
     """Makes the error of an unreadable input, with path and remedy."""
-    if isinstance(error, FileNotFoundError):
+    if isinstance(error, FileNotFoundError) or getattr(error, "winerror", 0) == _NO_NAME:
         return MissingFile(describe_missing(path))
     return UnsupportedFormat(f"{os.fspath(path)}: {what}: {explain_os_error(error)}")
 
@@ -186,14 +208,17 @@ def describe_missing(path: str | os.PathLike[str], wanted: str = "file") -> str:
     `wanted` is what it should have been.
     """
     # A `Path` made of an address has lost a slash.
-    text = re.sub(r"^(\w{2,}):/(?=[^/])", r"\1://", os.fspath(path))
+    text = re.sub(r"^(\w{2,}):[/\\](?=[^/\\])", r"\1://", os.fspath(path))
     if "://" in text:
+        text = text.replace("\\", "/")
         return f"{text}: an address on the web; download it, and give the file"
     if "*" in text:
         return f"{text}: no such {wanted}; no name matches this pattern, or it is in quotes"
     folder, name = os.path.split(text.rstrip("/\\"))
     if len(os.fsencode(name)) > _LONGEST_NAME:
         return f"{text}: no such {wanted}; this name is too long for one"
+    if shorter := _explain_length(text):
+        return f"{text}: no such {wanted}; {shorter}"
     try:
         with os.scandir(folder or ".") as entries:
             there = [entry.name for entry in itertools.islice(entries, _LISTED)]
@@ -208,6 +233,12 @@ def describe_missing(path: str | os.PathLike[str], wanted: str = "file") -> str:
     likely = heapq.nlargest(_COMPARED, stems, lambda other: sum(pair in other for pair in pairs))
     alike = [stems[other] for other in difflib.get_close_matches(stem, likely)]
     return f"{text}: no such {wanted}" + (f". Similar here: {', '.join(alike)}" if alike else "")
+
+
+def _explain_length(path: object) -> str:
+    """Explains that a path is too long for Windows, if it is."""
+    long = os.name == "nt" and isinstance(path, str) and len(os.path.abspath(path)) > 259
+    return "this path is too long: Windows opens 259 letters unless it allows more" * long
 
 
 def output_error(

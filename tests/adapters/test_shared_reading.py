@@ -1,8 +1,9 @@
-"""One open LoRA, read in threads and in forked processes."""
+"""One open LoRA, read in threads and in other processes."""
 
 from __future__ import annotations
 
 import os
+import pickle
 import threading
 
 import mini
@@ -10,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from prolora import Lora
+from prolora import Lora, open_base
 
 
 def read_wrong(lora, wanted, rounds: int = 20) -> int:
@@ -29,6 +30,19 @@ def test_forked_processes_read_an_open_lora_as_it_is_stored(tmp_path):
                 os._exit(min(read_wrong(lora, load_file(path)), 99))
             children.append(child)
         assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
+
+
+def test_a_spawned_process_opens_again_what_is_open_here(tmp_path, monkeypatch):
+    """Windows forks no process: a DataLoader's workers get a pickle of the LoRA and the base."""
+    path, source, _ = mini.write_case(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with Lora.open(path.name) as lora:
+        sent = pickle.dumps((lora, open_base(source)))
+    monkeypatch.chdir(path.anchor)
+    received, base = pickle.loads(sent)
+    assert read_wrong(received, load_file(path), 1) == 0
+    name, weight = next(iter(mini.source_weights().items()))
+    assert torch.equal(base.read(name), weight)
 
 
 def test_threads_read_an_open_lora_though_one_closes_it(tmp_path):

@@ -74,6 +74,7 @@ def test_an_index_cannot_point_out_of_its_folder_nor_to_what_is_missing(tmp_path
     for escape in (
         "../secret.safetensors",
         "..\\secret.safetensors",
+        "C:secret.safetensors",  # in the working folder of a drive
         "x/../../secret.safetensors",
         str(tmp_path / "secret.safetensors"),
         "secret.safetensors\0.safetensors",

@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from prolora import cli
-from prolora.errors import output_error
+from prolora.errors import input_error, output_error
 
 OUT = ("-o", "o.safetensors")
 LONG = "x" * 300
+OUT_LONG = f"{LONG}.safetensors"
 
 
 @pytest.mark.parametrize(
@@ -21,7 +22,16 @@ LONG = "x" * 300
         ("check", LONG),
         ("transfer", LONG, "--source", "source", "--target", "target", *OUT),
         ("transfer", "lora.safetensors", "--source", LONG, "--target", "target", *OUT),
-        ("transfer", "lora.safetensors", "--source", "source", "--target", "target", "-o", LONG),
+        (
+            "transfer",
+            "lora.safetensors",
+            "--source",
+            "source",
+            "--target",
+            "target",
+            "-o",
+            OUT_LONG,
+        ),
         ("check", "lora.safetensors", "--base", LONG),
         ("demo", "-o", LONG),
     ],
@@ -63,6 +73,24 @@ def test_every_error_of_the_system_is_one_line(prolora, monkeypatch, error, code
     monkeypatch.setattr("prolora.cli.check.CheckRequest.check", fail)
     found, out, err = prolora("check", "x")
     assert found == code and said in err and not out and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("number", "winerror", "said"),
+    [
+        (errno.EACCES, 32, "close the program that has it open, such as ComfyUI, or change"),
+        (errno.EINVAL, 123, "no such file; no name matches this pattern"),
+        (errno.ENOENT, 3, "this path is too long: Windows opens 259 letters"),
+    ],
+)
+def test_errors_of_windows_name_the_way_out(monkeypatch, number, winerror, said):
+    path = {123: r"C:\loras\*.safetensors", 32: "C:/a", 3: "C:/" + "long/" * 60}[winerror]
+    error = OSError(number, "refused", path)
+    error.winerror = winerror
+    with monkeypatch.context() as windows:
+        windows.setattr(os, "name", "nt")
+        of_input, of_output = str(input_error(path, error)), str(output_error(path, error))
+    assert said in of_input and (winerror == 123 or said in of_output)
 
 
 def test_a_folder_that_must_not_be_read_is_no_traceback(prolora, case, tmp_path, monkeypatch):

@@ -159,6 +159,63 @@ def test_a_folder_keeps_what_is_not_written_again_and_its_last_file_comes_last(
     put(tmp_path / "empty", fill_folder(x="1"), folder=True)
 
 
+@pytest.mark.parametrize("name", ["config", "weights"])
+def test_a_folder_of_which_another_program_has_a_file_open_stays_as_it_was(
+    tmp_path, monkeypatch, name
+):
+    put(tmp_path / "a", fill_folder(config="1", weights="1"), folder=True)
+    replace = os.replace
+
+    def refuse(source: Path, place: Path) -> None:
+        if place.name in (f"{name}.old", name) and ".old" not in source.name:
+            raise PermissionError(13, "Access is denied")
+        replace(source, place)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    monkeypatch.setattr(store, "_WAITS", ())
+    with pytest.raises(OutputError, match="Access is denied"):
+        put(
+            tmp_path / "a",
+            fill_folder(added="2", config="2", weights="2"),
+            folder=True,
+            overwrite=True,
+        )
+    assert {path.name: path.read_text() for path in (tmp_path / "a").iterdir()} == {
+        "config": "1",
+        "weights": "1",
+    }
+    assert left_in(tmp_path) == {"a"}
+
+
+def test_what_windows_alone_refuses_is_refused_before_the_work(tmp_path, monkeypatch):
+    """A file that is open is waited for, as long as readers of the cache take."""
+    monkeypatch.setattr(store, "_ON_WINDOWS", True)
+    rename, busy = os.rename, [2]
+
+    def share(source: Path, place: Path) -> None:
+        busy[0] -= 1
+        if busy[0] >= 0:
+            raise PermissionError(13, "Access is denied")
+        rename(source, place)
+
+    monkeypatch.setattr(os, "rename", share)
+    put_text(tmp_path / "a", "first")
+    busy[0] = 2
+    put_text(tmp_path / "a", "second", overwrite=True)
+    assert (tmp_path / "a").read_text() == "second"
+    busy[0] = 99
+    for name, said in (("a", "Access is denied"), ("style: v2", "Windows takes no such name")):
+        with pytest.raises(OutputError, match=said):
+            put(tmp_path / name, lambda path: pytest.fail("began"), overwrite=True)
+    busy[0] = 0
+    (tmp_path / "empty").mkdir()  # which another folder cannot replace there
+    put(tmp_path / "empty", fill_folder(x="1"), folder=True)
+    assert left_in(tmp_path) == {"a", "empty"}
+    monkeypatch.setattr(os.path, "lexists", lambda path: False)
+    with pytest.raises(OutputError, match="there is no drive"):
+        put_text(tmp_path / "b", "nowhere")
+
+
 KILL = "SIGTERM" if os.name == "nt" else "SIGKILL"  # the only one that nobody can catch
 
 

@@ -133,7 +133,8 @@ def _find_only_checkpoint(folder: Path, files: list[Path]) -> Path:
     if tensors:
         names = ", ".join(file.name for file in tensors[:4])
         raise UnsupportedFormat(
-            f"{folder}: has several checkpoints ({names}); name one of them, or LoRAs as {folder}/*"
+            f"{folder}: has several checkpoints ({names}); name one of them, or LoRAs as "
+            f"{folder / '*'}"
         )
     raise UnsupportedFormat(f"{folder}: has no .safetensors weights, nor a unet or transformer")
 
@@ -188,7 +189,7 @@ def read_weight_map(index: Path) -> dict[str, str]:
         # A name with a folder in it could point anywhere on this machine, one of more letters than
         # file systems take nowhere.
         plain = isinstance(name, str) and name.endswith(".safetensors") and len(name) < 256
-        if not plain or "/" in name or "\\" in name or "\0" in name:
+        if not plain or not set(name).isdisjoint("/\\:\0"):
             raise UnsupportedFormat(
                 f"{index}: {key[:80]} is in {name!r:.80}, which is not a file beside it"
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 from collections.abc import Iterable
@@ -38,15 +39,19 @@ def resident_bytes() -> int:
 
     The peak is taken where only that is known.
     """
+    if sys.platform == "win32":
+        counters = (ctypes.c_uint64 * 9)(
+            72
+        )  # PROCESS_MEMORY_COUNTERS, whose first field is its size
+        ctypes.windll.kernel32.K32GetProcessMemoryInfo(ctypes.c_void_p(-1), counters, 72)
+        return int(counters[2])  # WorkingSetSize, of this process
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, IndexError, AttributeError):
         pass
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 400 << 20
+    import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak << 10
 

@@ -6,7 +6,6 @@ trained on coloured icons of 24 × 24 pixels. Needs the `demo` extra (diffusers)
 
 from __future__ import annotations
 
-import shlex
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -18,7 +17,7 @@ import typer
 from ..adapters import read_adapter
 from ..bases.base import Progress
 from ..best import transfer
-from ..errors import ProLoRAError
+from ..errors import ProLoRAError, join_words
 from ..files.store import check_free, put_text
 from ..fitting.fit import fit
 from ..fitting.settings import SHOWN, FitSettings, read_prompts
@@ -83,7 +82,7 @@ class Demo:
         if self.target.name == APART:
             words += ["--prompts", str(self.prompts), "--images", str(IMAGES)]
             words += ["--steps", str(STEPS), "--report", str(self.page)]
-        return shlex.join([*words, "-o", str(self.moved)])
+        return join_words([*words, "-o", str(self.moved)])
 
     def run(self, overwrite: bool, progress: Progress | None) -> LoraReport:
         """Moves the LoRA; writes it, and a page with images of both models.

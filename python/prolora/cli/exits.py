@@ -8,7 +8,7 @@ from enum import IntEnum
 
 import typer
 
-from ..errors import ProLoRAError
+from ..errors import ProLoRAError, explain_os_error
 
 
 class ExitCode(IntEnum):
@@ -94,7 +94,7 @@ def describe_error(error: BaseException) -> tuple[str, str]:
             advice = "the card has too little memory; --device cpu takes the machine's instead"
         return f"{advice} ({error})" if str(error) else advice, ""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return f"{error.filename}: {error.strerror}", ""
+        return f"{error.filename}: {explain_os_error(error)}", ""
     command = error.command if isinstance(error, ProLoRAError) else ""
     # `str(error)` alone has a line break, which would be spelled out.
     return str(error).removesuffix(command).rstrip() or type(error).__name__, command

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ..adapters.adapter_folder import PEFT_CONFIG, PEFT_WEIGHTS
 from ..bases.experts import ExpertPair
-from ..errors import OutputError
+from ..errors import OutputError, join_words
 from ..files.store import check_free
 from ..reports.outcome import is_report_of
 from ..verbs.output_paths import name_output, resolve_path
@@ -83,4 +82,4 @@ def read_command() -> str:
         is_path = os.path.exists(path) or path.startswith((".", "~")) or os.path.isabs(path)
         name = (is_path and Path(path).name) or path  # a hub id is no path
         words.append(f"{option}{equals}{name}")
-    return shlex.join(["prolora", *words])
+    return join_words(["prolora", *words])

@@ -11,6 +11,7 @@ from typing import Any
 
 import typer
 
+from ..files.patterns import expand_patterns
 from .commands import COMMANDS, build_app
 from .console import answer, err, prepare_streams
 from .exits import HANDLED, ExitCode, describe_error, find_exit_code
@@ -55,14 +56,17 @@ def run() -> None:
     gc.freeze()  # a search for garbage among all of torch takes 0.2 s, and finds none
     gc.enable()
     # An ordinary exit when told to stop, so that temporary files are removed.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(ExitCode.TERMINATED))
+    for name in {"SIGTERM", "SIGBREAK"} & set(dir(signal)):  # Windows has Ctrl-Break
+        signal.signal(getattr(signal, name), lambda *_: sys.exit(ExitCode.TERMINATED))
     prepare_streams()
     answer.begin()
     command = typer.main.get_command(app)
     signal.signal(signal.SIGINT, interrupt)
     sys.addaudithook(refuse_results)
     try:
-        code = command(standalone_mode=False)
+        if os.name == "nt":  # whose shells leave patterns to programs
+            sys.argv[1:] = expand_patterns(sys.argv[1:])
+        code = command(sys.argv[1:], standalone_mode=False)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command is done
     except CommandLineError as error:
         # Not typer's own message, which would obey the escape sequences of file names.

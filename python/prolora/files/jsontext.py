@@ -35,14 +35,14 @@ def parse_json_object(text: str | bytes, where: str) -> dict[str, Any]:
     """Parses a JSON object.
 
     Args:
-        text: JSON; bytes are UTF-8.
+        text: JSON; bytes are UTF-8, perhaps with a byte order mark.
         where: what messages call it.
 
     Raises:
         UnsupportedFormat: it is damaged, or another kind of value.
     """
     try:
-        value = json.loads(text.decode() if isinstance(text, bytes) else text)
+        value = json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text)
     except (ValueError, RecursionError) as error:
         raise UnsupportedFormat(f"{where}: is damaged: not JSON: {error}") from error
     if not isinstance(value, dict):

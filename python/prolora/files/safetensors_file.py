@@ -10,15 +10,13 @@ import hashlib
 import json
 import math
 import os
-import re
-import shlex
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
-from ..errors import UnsupportedFormat, input_error
+from ..errors import UnsupportedFormat, input_error, join_words
 from .dtypes import CODES, SIZES, find_torch_dtype
 from .jsontext import LFS_POINTER
 from .shared_file import SharedFile
@@ -303,23 +301,13 @@ def _refuse_pickle(path: Path, kind: str) -> UnsupportedFormat:
     converted = path.with_suffix(".safetensors")
     if converted == path:  # a pickle that was merely renamed
         converted = path.with_suffix(".converted.safetensors")
-    command = f'python -c "{_CONVERT_PICKLE}" {_quote(str(path))} {_quote(str(converted))}'
+    command = f'python -c "{_CONVERT_PICKLE}" {join_words([str(path), str(converted)])}'
     error = UnsupportedFormat(
         f"{path}: a pickle checkpoint{kind}; it can run code when it is loaded, so it is not read. "
         f"Convert it to safetensors once:\n{command}"
     )
     error.command = command
     return error
-
-
-def _quote(word: str) -> str:
-    """Quotes a word of a command line, in double quotes where they suffice.
-
-    cmd.exe knows these, too.
-    """
-    if re.fullmatch(r"[\w./:\\+@%-]+", word) and (os.name == "nt" or "\\" not in word):
-        return word
-    return shlex.quote(word) if re.search(r'["$`\\!]', word) and os.name != "nt" else f'"{word}"'
 
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ class SharedFile:
         try:
             if not stat.S_ISREG(os.stat(path).st_mode):
                 raise UnsupportedFormat(f"{path}: not a file; a .safetensors file is needed")
-            self._file = open(path, "rb", buffering=0)
+            self._file, self._path = open(path, "rb", buffering=0), path
         except (OSError, ValueError) as error:
             raise input_error(path, error) from error
         # A lock that a thread has at a fork stays locked in the child; systems without reads by
@@ -40,6 +40,10 @@ class SharedFile:
     def close(self) -> None:
         """Closes the file at once."""
         self._file.close()
+
+    def __reduce__(self) -> tuple[type[SharedFile], tuple[Path]]:
+        """Returns what opens it again in a spawned process."""
+        return SharedFile, (self._path.absolute(),)
 
     def status(self) -> os.stat_result:
         """Returns the file's size and times."""

@@ -13,7 +13,7 @@ import re
 import secrets
 import shutil
 import stat
-import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -26,10 +26,15 @@ StrPath = str | os.PathLike[str]
 TEMPORARY_NAME = re.compile(r"\.prolora-[0-9a-f]{16}\.tmp")
 """A name under which something is written until it is whole."""
 
+_ON_WINDOWS = os.name == "nt"
+# On NTFS a colon would begin a hidden stream of another file.
+_FORBIDDEN = dict.fromkeys('<>:"|?*').keys()
 # Seconds after the last write from which a temporary counts as left behind by a killed process.
 _STALE_SECONDS = 3600
 # A name is given within milliseconds: a lock that is older (s) was left by a killed process.
 _LOCK_SECONDS = 5
+# Pauses (s) until a file that is open is given up: others' tables are open for milliseconds.
+_WAITS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 _swept: set[Path] = set()  # folders in which this process has looked for such
 
 
@@ -157,9 +162,14 @@ def check_free(
         place = Path(os.path.realpath(path))
         if os.path.islink(path) and not place.parent.is_dir():
             raise OutputError(f"{path}: is a link into a folder that does not exist: {place}")
-        around = next(above for above in place.parents if os.path.lexists(above))
+        around = next((x for x in (*place.parents, place) if os.path.lexists(x)), None)
+        if around is None:  # on Windows alone
+            raise OutputError(f"{path}: there is no drive {place.anchor}; check the path")
         if not around.is_dir():
             raise OutputError(f"{path}: {around} is a file, not a folder; choose another name")
+        if _ON_WINDOWS and (len(place.name) > 255 or not _FORBIDDEN.isdisjoint(place.name)):
+            letters = " ".join(_FORBIDDEN)
+            raise OutputError(f"{path}: Windows takes no such name: too long, or with {letters}")
         if not os.access(around, os.W_OK | os.X_OK):
             raise OutputError(f"{path}: the folder {around} cannot be written")
         try:
@@ -180,6 +190,8 @@ def check_free(
             )
         if not os.access(place, os.W_OK):
             raise OutputError(f"{path}: exists and is write-protected")
+        if _ON_WINDOWS and not folder:
+            _rename(place, place, False)  # refused while another program has it open
     except (OSError, ValueError) as error:
         if isinstance(error, OutputError):
             raise
@@ -205,24 +217,45 @@ def _give_name(temporary: Path, place: Path, overwrite: bool) -> None:
             # the new ones are there, a kill leaves the old ones, maybe as NAME.old.
             names = sorted(os.listdir(temporary))
             old = [name for name in reversed(names) if (place / name).exists()]
+            try:
+                for name in old:
+                    _rename(place / name, place / f"{name}.old")
+                for name in names:
+                    _rename(temporary / name, place / name)
+            except OSError:  # another program has one open, on Windows
+                for name in names:
+                    if name not in old:
+                        _remove(place / name)
+                    elif (place / f"{name}.old").exists():
+                        os.replace(place / f"{name}.old", place / name)
+                raise
             for name in old:
-                os.replace(place / name, place / f"{name}.old")
-            for name in names:
-                os.replace(temporary / name, place / name)
-            for name in old:
-                (place / f"{name}.old").unlink()
+                _remove(place / f"{name}.old")
         elif overwrite and not temporary.is_dir():
             if place.exists():
                 temporary.chmod(stat.S_IMODE(place.stat().st_mode))
-            os.replace(temporary, place)
-        elif temporary.is_dir() or sys.platform == "win32":
-            os.rename(temporary, place)  # of folders only onto an empty one; on Windows never
+            _rename(temporary, place)
+        elif temporary.is_dir() or _ON_WINDOWS:
+            with suppress(OSError):  # elsewhere a folder replaces an empty one
+                place.rmdir()
+            _rename(temporary, place, overwrite)
         else:
             _link(temporary, place)
     except OSError as error:
         if not overwrite and os.path.lexists(place):
             raise OutputExists(f"{place}: was written by another process meanwhile") from error
         raise
+
+
+def _rename(old: Path, new: Path, overwrite: bool = True) -> None:
+    """Renames; on Windows it waits while a reader or a virus scanner has one of both open."""
+    rename = os.replace if overwrite else os.rename
+    for seconds in _WAITS if _ON_WINDOWS else ():
+        try:
+            return rename(old, new)
+        except PermissionError:
+            time.sleep(seconds)
+    return rename(old, new)
 
 
 def _link(temporary: Path, place: Path) -> None:

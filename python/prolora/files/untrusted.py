@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import stat
 from io import BufferedReader
@@ -41,8 +42,10 @@ def open_regular(path: str | os.PathLike[str], limit: int | None = None) -> Buff
     return os.fdopen(number, "rb")
 
 
-def read_text(path: str | os.PathLike[str], encoding: str = "utf-8") -> str:
+def read_text(path: str | os.PathLike[str]) -> str:
     """Reads the text of a file that people write by hand: a list, prompts.
+
+    UTF-8, or UTF-16 with a byte order mark, as PowerShell writes it.
 
     Raises:
         UnsupportedFormat: as `open_regular`, or it is no text.
@@ -50,7 +53,8 @@ def read_text(path: str | os.PathLike[str], encoding: str = "utf-8") -> str:
     with open_regular(path, MOST_TEXT) as file:
         content = file.read(MOST_TEXT)
     try:
-        return content.decode(encoding)
+        is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        return content.decode("utf-16" if is_utf16 else "utf-8-sig")
     except UnicodeDecodeError as error:
         raise input_error(path, error) from error
 

@@ -105,7 +105,8 @@ def read_pictures(options: FitOptions) -> dict[Path, str]:
             raise InvalidOption(f"`{name}` is of use in a fit of two models, not with `pictures`")
     folder = Path(options.pictures or "")
     try:
-        files = sorted(folder.iterdir()) if folder.is_dir() else []
+        # Windows compares paths without case, text as every system does.
+        files = sorted(folder.iterdir(), key=str) if folder.is_dir() else []
     except OSError as error:  # a folder without permission, a name that is too long, …
         raise input_error(folder, error) from error
     pictures = [file for file in files if file.suffix.lower() in SUFFIXES]

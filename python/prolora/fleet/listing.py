@@ -53,7 +53,7 @@ def _list_member(member: str | os.PathLike[str], around: str = "") -> Iterator[P
     elif path.suffix.lower() == _WEIGHTS or around:
         yield path
     elif path.suffix.lower() in (".txt", ".list"):
-        for line in read_text(path, "utf-8-sig").splitlines():
+        for line in read_text(path).splitlines():
             if len(line) > _LONGEST_LINE:
                 raise UnsupportedFormat(f"{text}: a line of {len(line):,} characters is not a path")
             if line.strip() and not line.startswith("#"):

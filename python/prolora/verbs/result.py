@@ -351,7 +351,7 @@ def _jsonable(value: Any) -> Any:
         # In block weights the last name that fits decides; in a map the order means nothing.
         return pairs if all(isinstance(x, str) for x in pairs.values()) else list(pairs.items())
     if isinstance(value, PathLike) and os.path.isdir(value):  # of pictures, whose contents decide
-        files = sorted(path for path in Path(value).iterdir() if path.is_file())
+        files = sorted(filter(Path.is_file, Path(value).iterdir()), key=str)  # as on any system
         return hash_text("\n".join(f"{path.name} {hash_file(path)}" for path in files))
     if isinstance(value, PathLike) or (isinstance(value, str) and value.endswith(".json")):
         return hash_file(Path(value)) if os.path.isfile(value) else str(value)
