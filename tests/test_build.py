@@ -88,7 +88,10 @@ def test_a_python_without_headers_such_as_that_of_comfyui_portable_gets_a_pure_w
     assert is_pure(settings) and "this Python has no headers" in capsys.readouterr().err
 
 
-def test_pip_builds_with_a_python_that_ignores_pythonpath_as_that_of_comfyui_portable(tmp_path):
+@pytest.mark.parametrize("project", [".", "examples/icon_family"])
+def test_pip_builds_with_a_python_that_ignores_pythonpath_as_that_of_comfyui_portable(
+    tmp_path, project
+):
     # What pip makes for a build: a folder that PYTHONPATH names, which enters that of requirements.
     site, required = tmp_path / "site", tmp_path / "required"
     for folder in (site, required / "scikit_build_core"):
@@ -97,10 +100,10 @@ def test_pip_builds_with_a_python_that_ignores_pythonpath_as_that_of_comfyui_por
     (site / "sitecustomize.py").write_text(f"import sys; sys.path = [{str(required)!r}]")
     for name in ("__init__", "build"):
         (required / "scikit_build_core" / f"{name}.py").touch()
-    code = f"import sys; sys.path.append({str(BACKEND.parent)!r}); import build_backend, wave"
+    code = "import sys; sys.path.append(sys.argv[1]); import build_backend, wave"
     subprocess.run(
-        [sys.executable, "-B", "-I", "-S", "-c", code],
-        env=os.environ | {"PYTHONPATH": str(site)},
+        [sys.executable, "-B", "-I", "-S", "-c", code, BACKEND.parent / project],
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{site}"},
         check=True,
     )
 
