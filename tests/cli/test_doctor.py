@@ -1,6 +1,7 @@
 """`prolora doctor`: what runs here, and where it is computed."""
 
 import json
+from pathlib import Path
 
 from typer.testing import CliRunner
 
@@ -23,6 +24,13 @@ def test_the_cache_is_named_with_its_size_also_before_it_exists(tmp_path, monkey
     assert json.loads(run("--json"))["cache"].startswith(f"{tmp_path / 'a' / 'b'}: 0 ")
     assert "free on the disk" in " ".join(run().split())
     assert not (tmp_path / "a").exists()
+
+
+def test_a_cache_on_a_drive_that_is_missing_is_no_traceback(tmp_path, monkeypatch):
+    """Of such a path not even the root is there, on Windows."""
+    monkeypatch.setenv("PROLORA_CACHE", str(tmp_path / "a"))
+    monkeypatch.setattr(Path, "exists", lambda path: False)
+    assert json.loads(run("--json"))["cache"].startswith(f"{tmp_path / 'a'}: cannot be read: ")
 
 
 def test_the_shell_can_complete_commands():

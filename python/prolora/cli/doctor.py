@@ -71,8 +71,9 @@ def describe_cache(folder: Path) -> str:
     """Describes the basis cache: path, size, free space on its disk."""
     try:
         size = measure_cache(folder)
-        parent = next(path for path in (folder, *folder.parents) if path.exists())
-        free = shutil.disk_usage(parent).free
+        # Of a drive that is missing on Windows not even the last one is there.
+        parents = (path for path in (folder, *folder.parents) if path.exists())
+        free = shutil.disk_usage(parent := next(parents, folder)).free
     except OSError as error:
         return f"{folder}: cannot be read: {error.strerror}"
     if not os.access(parent, os.W_OK):
