@@ -263,10 +263,10 @@ def test_the_stop_button_ends_the_job_and_leaves_nothing(pack, models, monkeypat
 
 def test_a_node_says_how_far_it_is_and_how_long_it_takes(pack, monkeypatch):
     told = []
-    server = sys.modules["server"].PromptServer.instance
-    monkeypatch.setattr(server, "last_node_id", "7", raising=False)
-    monkeypatch.setattr(server, "client_id", "page", raising=False)
-    monkeypatch.setattr(server, "send_sync", lambda *sent: told.append(sent), raising=False)
+    server = SimpleNamespace(last_node_id="7", client_id="page")
+    server.send_sync = lambda *sent: told.append(sent)
+    module = SimpleNamespace(PromptServer=SimpleNamespace(instance=server))
+    monkeypatch.setitem(sys.modules, "server", module)
     host = sys.modules["comfyui_prolora.host"]
     moments = iter([0.0, 0.5, 2.0, 2.5, 3.5])
     monkeypatch.setattr(host.time, "monotonic", lambda: next(moments))
