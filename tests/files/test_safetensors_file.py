@@ -22,7 +22,9 @@ from prolora.files.safetensors_file import SafetensorsFile
 from prolora.files.safetensors_writing import write_safetensors
 from prolora.files.shared_file import SharedFile
 
-DTYPES = sorted(map(dtypes.find_torch_dtype, dtypes.SIZES), key=str)
+E8M0 = "float8_e8m0fnu"  # which torch has since 2.7
+NAMES = [name for name in dtypes.SIZES if name != "F8_E8M0" or hasattr(torch, E8M0)]
+DTYPES = sorted(map(dtypes.find_torch_dtype, NAMES), key=str)
 FAST = settings(
     max_examples=examples(300),
     deadline=None,
@@ -65,6 +67,13 @@ def test_rows_are_the_rows_of_the_whole(
         assert file.read_rows(name, 3, 3).shape == tensor[3:3].shape
         with pytest.raises(IndexError, match=name):
             file.read_rows(name, 2, len(tensor) + 1)
+
+
+def test_numbers_that_this_torch_lacks_are_refused(tmp_path: Path, monkeypatch) -> None:
+    path = file_of(tmp_path / "x.safetensors", {"x": entry(0, 2, [2], "F8_E8M0")}, b"ab")
+    monkeypatch.delattr(torch, E8M0, raising=False)
+    with pytest.raises(UnsupportedFormat, match="F8_E8M0 need a newer torch"):
+        SafetensorsFile(path).read("x")
 
 
 def test_a_refused_file_is_closed_though_its_error_is_kept(tmp_path: Path, monkeypatch) -> None:

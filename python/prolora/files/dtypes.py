@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..errors import UnsupportedFormat
+
 if TYPE_CHECKING:
     import torch
 
@@ -50,10 +52,18 @@ def spell_dtype(dtype: str) -> str:
 
 
 def find_torch_dtype(dtype: str) -> torch.dtype:
-    """Returns torch's dtype of that name."""
+    """Returns torch's dtype of that name.
+
+    Raises:
+        UnsupportedFormat: this torch is too old to have it.
+    """
     import torch
 
-    torch_dtype: torch.dtype = getattr(torch, _TORCH[dtype])
+    torch_dtype: torch.dtype | None = getattr(torch, _TORCH[dtype], None)
+    if torch_dtype is None:
+        raise UnsupportedFormat(
+            f"numbers of type {dtype} need a newer torch than {torch.__version__}: update it"
+        )
     return torch_dtype
 
 

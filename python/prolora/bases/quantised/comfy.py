@@ -184,7 +184,7 @@ def _join_mxfp8(parts: CheckpointParts, module: str, note: Note) -> None:
     key = f"{module}.weight"
     stored = _check_codes(parts, key, (torch.float8_e4m3fn,), 32)
     rows, columns = stored.shape
-    dtypes = torch.float8_e8m0fnu, torch.uint8
+    dtypes = getattr(torch, "float8_e8m0fnu", torch.uint8), torch.uint8  # since torch 2.7
     scale = _check_blocked(parts, f"{key}_scale", dtypes, rows, columns // 32)
     shape = _cut_rows(parts, module, rows, 32), columns
     weight = TiledScaleWeight(
