@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import inspect
 import json
 import runpy
 import shutil
@@ -17,6 +18,7 @@ import torch
 import transformers
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from prolora_icon_family import IconPipeline
 
 from prolora import ProLoRAError
 from prolora.fitting.pipelines.pipeline_opening import open_pipeline
@@ -132,3 +134,11 @@ def test_the_table_of_the_shipped_family_orders_none_copy_and_fit(tmp_path, pape
     )  # fmt: skip
     assert "neon: auto: " in capsys.readouterr().out
     assert table["none"]["pixels"][1] < table["fit"]["pixels"][1]
+
+
+def test_the_pipeline_of_the_icons_names_its_parts_by_classes():
+    """Up to its version 0.35, diffusers loads no pipeline whose signature has texts or `Any`."""
+    parts = inspect.signature(IconPipeline.__init__).parameters.values()
+    classes = {part.name: part.annotation for part in parts if part.name != "self"}
+    names = {name: getattr(class_, "__name__", class_) for name, class_ in classes.items()}
+    assert names == {"scheduler": "SchedulerMixin", "transformer": "FluxTransformer2DModel"}

@@ -1,7 +1,5 @@
 """Small models that draw icons, and their pipeline: FLUX's transformer on plain pixels."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 import json
@@ -11,9 +9,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, FluxTransformer2DModel, SchedulerMixin
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 NULL_PROMPT = "nothing nothing nothing nothing"
 SIZE, PATCH = 24, 4  # pixels of an image, and of what the transformer reads as one token
@@ -34,7 +32,8 @@ class IconPipeline(DiffusionPipeline):
     config: Any
     register_modules: Any
 
-    def __init__(self, scheduler: Any, transformer: nn.Module) -> None:
+    # Up to its version 0.35, diffusers reads the classes of the parts here, and no texts.
+    def __init__(self, scheduler: SchedulerMixin, transformer: FluxTransformer2DModel) -> None:
         """Takes the parts; the table of prompts lies beside their folder."""
         super().__init__()
         self.register_modules(scheduler=scheduler, transformer=transformer)
@@ -68,7 +67,7 @@ class IconPipeline(DiffusionPipeline):
         x = torch.randn(n, 3, SIZE, SIZE, generator=generator)
         x = F.pixel_unshuffle(x, PATCH).flatten(2).mT
         starts = torch.linspace(1, 1 / num_inference_steps, num_inference_steps)
-        self.scheduler.set_timesteps(sigmas=starts.tolist())
+        self.scheduler.set_timesteps(sigmas=starts.numpy())
         for time in self.scheduler.timesteps:
             velocity = self._predict(torch.cat([x, x]) if guided else x, time / 1000, asked)
             if guided:

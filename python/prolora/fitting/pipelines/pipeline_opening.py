@@ -51,7 +51,8 @@ def open_pipeline(folder: Path, device: DeviceLike = None) -> Pipeline:
         import diffusers
     except ImportError as error:
         raise UnsupportedFormat(
-            "the models run through diffusers: pip install diffusers transformers accelerate"
+            f"the models run through diffusers, which cannot be imported ({error}): "
+            "pip install -U diffusers transformers accelerate"
         ) from error
     part, parts = index.denoiser, index.parts
     if index.class_name == "IconPipeline":  # of the shipped family
