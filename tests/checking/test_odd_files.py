@@ -48,7 +48,7 @@ print(json.dumps([json.loads(check(x, "", y)) for x, y in json.loads(sys.argv[2]
 
 def ask_page(pairs):
     """The page's answers in a Python that has nothing but the package."""
-    line = [sys.executable, "-I", "-S", "-c", ALONE, ROOT / "python"]
+    line = [sys.executable, "-I", "-S", "-Xutf8", "-c", ALONE, ROOT / "python"]
     line.append(json.dumps(pairs, default=str))
     answers = subprocess.check_output(line, input=read_page_script().encode())
     return json.loads(answers)
@@ -62,7 +62,7 @@ def test_the_page_says_of_twelve_loras_and_models_what_check_says(tmp_path):
         expected = check(lora, base=base).to_dict()
         assert answer["json"] == json.loads(json.dumps(expected)), (lora, base)
     assert "".join(one["mark"] for one in found) == "✔✖✖✖✖✔✖✖✖✖✔✔"
-    assert with_lora["headline"].startswith("sdxl-lora.safetensors: is a LoRA or a model with one")
+    assert "sdxl-lora.safetensors: is a LoRA or a model with one" in with_lora["headline"]
     assert nothing["mark"] == "✖" and "none: no such file" in nothing["headline"]
 
 

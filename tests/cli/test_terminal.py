@@ -172,7 +172,8 @@ def test_printable_text_is_left_alone():
 
 def test_a_plain_console_keeps_its_own_styles(monkeypatch, capsys):
     monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.delenv("NO_COLOR", raising=False)
+    for name in ("NO_COLOR", "TTY_COMPATIBLE"):
+        monkeypatch.delenv(name, raising=False)
     PlainConsole().print("[b]x\x1b[1m", style="red")
     assert capsys.readouterr().out == "\x1b[31m[b]x\\x1b[1m\x1b[0m\n"
 
