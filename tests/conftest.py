@@ -25,7 +25,7 @@ if os.name == "nt":
 
     def skip(*_: Any, **__: Any) -> None:
         if not sys._getframe(1).f_globals["__name__"].startswith("_pytest"):
-            pytest.skip("Windows has none, or only for administrators")
+            pytest.skip("Windows has no pipes, and links for administrators only")
 
     safetensors.torch.load_file = load_file
     os.mkfifo = os.symlink = Path.symlink_to = skip

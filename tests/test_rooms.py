@@ -127,7 +127,7 @@ LIMITS = {
     "adapters/": 5090,
     "architectures/": 2940,
     "bases/": 4450,
-    "cli/": 2190,
+    "cli/": 2300,
     "comparison/": 1253,
     "core/": 6860,
     "files/": 1810,

@@ -237,8 +237,9 @@ def describe_missing(path: str | os.PathLike[str], wanted: str = "file") -> str:
 
 def _explain_length(path: object) -> str:
     """Explains that a path is too long for Windows, if it is."""
-    long = os.name == "nt" and isinstance(path, str) and len(os.path.abspath(path)) > 259
-    return "this path is too long: Windows opens 259 letters unless it allows more" * long
+    if os.name == "nt" and isinstance(path, str) and len(os.path.abspath(path)) > 259:
+        return "this path is too long: Windows opens 259 letters unless it allows more"
+    return ""
 
 
 def output_error(

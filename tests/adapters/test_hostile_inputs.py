@@ -35,7 +35,8 @@ def test_a_number_beyond_floating_point_is_refused(option, number):
 
 def test_a_path_that_the_system_does_not_take_is_refused(tmp_path, monkeypatch):
     """A name that is too long, a folder without permission, a disk that fails."""
-    with pytest.raises(UnsupportedFormat, match=r"use a shorter name|is too long for one"):
+    said = "is too long for one" if os.name == "nt" else "use a shorter name"
+    with pytest.raises(UnsupportedFormat, match=said):
         prolora.convert(tmp_path / ("x" * 300))
 
     def fail(_: Path) -> bool:

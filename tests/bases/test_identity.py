@@ -20,7 +20,9 @@ from prolora.bases.identity import describe_reads, have_equal_files, name_base
 from prolora.bases.leaves import digest_file
 from prolora.bases.pipeline_identity import describe_pipeline_folder, digest_facts
 from prolora.errors import OutputExists, UnsupportedFormat, WrongBase
+from prolora.files import state
 from prolora.files.safetensors_file import SafetensorsFile
+from prolora.files.state import read_state
 
 NAME = next(iter(source_weights()))
 
@@ -81,7 +83,20 @@ def test_a_hash_that_a_cache_keeps_is_that_of_the_file_as_it_is_now(tmp_path, ha
     assert keep_hash(copy, tmp_path / "cache") == sha256(copy) and hashed == [path, path, copy]
 
 
-@pytest.mark.skipif(os.name == "nt", reason="keeps no time of a change; pieces decide")
+def test_the_state_of_a_file_has_pieces_of_its_content_on_windows(tmp_path, monkeypatch):
+    monkeypatch.setattr(state, "_ON_WINDOWS", True)
+    path, content = tmp_path / "x", bytearray(random.Random(0).randbytes(1 << 17))
+    path.write_bytes(content[:99])
+    assert read_state(path).pieces == hashlib.sha256(content[:99] * 18).hexdigest()
+    seen = set()
+    for place in (0, 70_000, -1, 0):  # in the first, a middle and the last piece
+        path.write_bytes(content)
+        seen.add(read_state(path).pieces)
+        content[place] ^= 1
+    assert len(seen) == 4
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows keeps no time of a change: pieces decide")
 def test_a_cache_keeps_no_hash_of_a_file_that_may_change_within_its_clock_tick(tmp_path, hashed):
     path = write_base(tmp_path / "base.safetensors", 1)
     for _ in range(2):

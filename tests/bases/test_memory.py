@@ -68,7 +68,6 @@ def test_too_little_is_refused_before_any_work_and_says_how_much_it_takes(
     assert not out.exists()
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "darwin", reason="only the peak is measured there")
 def test_what_this_process_has_in_memory_is_measured():
     before = resident_bytes()
@@ -76,6 +75,7 @@ def test_what_this_process_has_in_memory_is_measured():
     assert 60 << 20 < resident_bytes() - before < 70 << 20, block.shape
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="no peak of resident memory in /proc")
 def test_loras_that_are_moved_together_stay_within_the_bound(tmp_path):
     """What projecting their factors takes beside them is the most, and is cut to fit."""

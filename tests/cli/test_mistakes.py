@@ -4,6 +4,7 @@ Most are from a session in which newcomers' mistakes were made one after the oth
 """
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -65,6 +66,8 @@ def read_tree(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+# Where the shell expands patterns, one in quotes; on Windows one that nothing matches.
+PATTERN = "loras/*.ckpt" if os.name == "nt" else "loras/*.safetensors"
 MISTAKES = {
     "a missing LoRA": (
         ("transfer", "lorra.safetensors", *BASES, *TO),
@@ -78,9 +81,9 @@ MISTAKES = {
         ("transfer", "https://civitai.com/api/download/models/1", *BASES, *TO),
         "https://civitai.com/api/download/models/1: an address on the web; download it",
     ),
-    "a pattern that nothing matches": (
-        ("transfer", "loras/*.ckpt", *BASES, *TO),
-        "loras/*.ckpt: no such file; no name matches this pattern, or it is in quotes",
+    "a pattern that reaches us": (
+        ("transfer", PATTERN, *BASES, *TO),
+        f"{PATTERN}: no such file; no name matches this pattern, or it is in quotes",
     ),
     "a missing base": (
         ("transfer", "lora.safetensors", "--source", "sorce", *BASES[2:], *TO),

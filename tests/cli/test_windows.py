@@ -8,8 +8,8 @@ import subprocess
 from lora_files import read_lora
 from mini import MODULES
 
+from prolora.cli.patterns import expand_patterns
 from prolora.errors import join_words
-from prolora.files.patterns import expand_patterns
 
 
 def test_patterns_are_expanded_where_no_shell_does_and_brackets_belong_to_names(

@@ -216,7 +216,8 @@ def test_what_windows_alone_refuses_is_refused_before_the_work(tmp_path, monkeyp
         put_text(tmp_path / "b", "nowhere")
 
 
-KILL = "SIGTERM" if os.name == "nt" else "SIGKILL"  # the only one that nobody can catch
+# What nobody can catch, and the exit code after it.
+KILL, KILLED = ("SIGTERM", 15) if os.name == "nt" else ("SIGKILL", -9)
 
 
 def test_a_killed_writer_leaves_a_temporary_that_goes_after_an_hour(tmp_path):
@@ -225,7 +226,7 @@ import os, signal
 from prolora.files.store import put
 put({str(tmp_path / "a")!r}, lambda path: os.kill(os.getpid(), signal.{KILL}))
 """
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == KILLED
     (left,) = tmp_path.iterdir()
     assert store.TEMPORARY_NAME.fullmatch(left.name)
     put_text(tmp_path / "b", "soon after")

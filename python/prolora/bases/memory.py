@@ -40,9 +40,8 @@ def resident_bytes() -> int:
     The peak is taken where only that is known.
     """
     if sys.platform == "win32":
-        counters = (ctypes.c_uint64 * 9)(
-            72
-        )  # PROCESS_MEMORY_COUNTERS, whose first field is its size
+        # PROCESS_MEMORY_COUNTERS: nine fields of eight bytes, the first of which is their size.
+        counters = (ctypes.c_uint64 * 9)(72)
         ctypes.windll.kernel32.K32GetProcessMemoryInfo(ctypes.c_void_p(-1), counters, 72)
         return int(counters[2])  # WorkingSetSize, of this process
     try:

@@ -11,10 +11,10 @@ from typing import Any
 
 import typer
 
-from ..files.patterns import expand_patterns
 from .commands import COMMANDS, build_app
 from .console import answer, err, prepare_streams
 from .exits import HANDLED, ExitCode, describe_error, find_exit_code
+from .patterns import expand_patterns
 
 log = logging.getLogger(__name__)
 
@@ -56,8 +56,9 @@ def run() -> None:
     gc.freeze()  # a search for garbage among all of torch takes 0.2 s, and finds none
     gc.enable()
     # An ordinary exit when told to stop, so that temporary files are removed.
-    for name in {"SIGTERM", "SIGBREAK"} & set(dir(signal)):  # Windows has Ctrl-Break
-        signal.signal(getattr(signal, name), lambda *_: sys.exit(ExitCode.TERMINATED))
+    for name in ("SIGTERM", "SIGBREAK"):  # the second is Windows' Ctrl-Break
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), lambda *_: sys.exit(ExitCode.TERMINATED))
     prepare_streams()
     answer.begin()
     command = typer.main.get_command(app)

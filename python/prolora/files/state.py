@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 from ..errors import UnsupportedFormat, input_error
 
+_ON_WINDOWS = os.name == "nt"
+
 
 class FileState(NamedTuple):
     """What changes when a file is replaced or rewritten."""
@@ -40,7 +42,7 @@ def read_state(path: Path) -> FileState:
     """Reads the state of a file; links are followed."""
     try:
         state = FileState.from_status(os.stat(path))
-        return state._replace(pieces=_digest_pieces(path, state.size)) if os.name == "nt" else state
+        return state._replace(pieces=_digest_pieces(path, state.size)) if _ON_WINDOWS else state
     except (OSError, ValueError) as error:
         raise input_error(path, error) from error
 

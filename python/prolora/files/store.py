@@ -28,7 +28,7 @@ TEMPORARY_NAME = re.compile(r"\.prolora-[0-9a-f]{16}\.tmp")
 
 _ON_WINDOWS = os.name == "nt"
 # On NTFS a colon would begin a hidden stream of another file.
-_FORBIDDEN = dict.fromkeys('<>:"|?*').keys()
+_FORBIDDEN = '<>:"|?*'
 # Seconds after the last write from which a temporary counts as left behind by a killed process.
 _STALE_SECONDS = 3600
 # A name is given within milliseconds: a lock that is older (s) was left by a killed process.
@@ -167,7 +167,7 @@ def check_free(
             raise OutputError(f"{path}: there is no drive {place.anchor}; check the path")
         if not around.is_dir():
             raise OutputError(f"{path}: {around} is a file, not a folder; choose another name")
-        if _ON_WINDOWS and (len(place.name) > 255 or not _FORBIDDEN.isdisjoint(place.name)):
+        if _ON_WINDOWS and (len(place.name) > 255 or set(place.name) & set(_FORBIDDEN)):
             letters = " ".join(_FORBIDDEN)
             raise OutputError(f"{path}: Windows takes no such name: too long, or with {letters}")
         if not os.access(around, os.W_OK | os.X_OK):
