@@ -78,13 +78,13 @@ def test_numbers_that_this_torch_lacks_are_refused(tmp_path: Path, monkeypatch) 
 
 def test_a_refused_file_is_closed_though_its_error_is_kept(tmp_path: Path, monkeypatch) -> None:
     """On Windows an open file can be neither replaced nor deleted."""
-    closed, close = [], SharedFile.close
-    monkeypatch.setattr(SharedFile, "close", lambda self: (closed.append(self), close(self)))
-    (tmp_path / "x.safetensors").write_bytes(b"nothing")
+    path, closed, close = tmp_path / "x.safetensors", [], SharedFile.close
+    monkeypatch.setattr(SharedFile, "close", lambda self: (closed.append(self._path), close(self)))
+    path.write_bytes(b"nothing")
     with pytest.raises(UnsupportedFormat) as kept:
-        prolora.check(tmp_path / "x.safetensors")
-    assert len(closed) == 1 and kept.value
-    (tmp_path / "x.safetensors").unlink()
+        prolora.check(path)
+    assert closed.count(path) == 1 and kept.value
+    path.unlink()
 
 
 def test_a_cut_off_file_names_the_first_tensor_that_is_incomplete(tmp_path: Path) -> None:
