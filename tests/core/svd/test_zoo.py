@@ -143,9 +143,11 @@ def test_the_bound_holds_and_ok_means_a_projector_good_to_a_thousandth(name, way
     norm = float(values.double().norm())
     assert float((left.mT @ left - identity).norm()) < 2 * big
     assert float((right.mT @ right - identity).norm()) < 2 * big
-    missed = weight.double() @ right - left * s
-    assert float(missed.norm()) <= max(2 * float(basis.residual), 10 * EPS32) * norm
-    assert float(basis.residual) < big
+    missed = float((weight.double() @ right - left * s).norm()) / norm
+    assert missed < big
+    # What is stated may be an estimate from a few random rows, doubled.
+    assert missed <= max(2 * float(basis.residual), 10 * EPS32)
+    assert float(basis.residual) < max(4 * missed, big)
     assert (basis.S.diff() <= 0).all() and (basis.S >= 0).all()
 
 
