@@ -157,6 +157,8 @@ LIMITS = {
     "opens of a LoRA by merge": 1,
     "opens of a LoRA by bake": 1,
     "opens of a LoRA by migrate": 1,
+    "opens of a second transfer": 32,
+    "opens of a second convert": 6,
     "files of a second transfer": 91,
     "functions of a second transfer": 400,
     "tests that name inner names": 415,
@@ -185,7 +187,8 @@ def count_options() -> dict[str, int]:
 
 
 # What a second transfer in one process takes: files and functions of the package that run (families
-# are data); and how often each verb opens the LoRA's file.
+# are data); how often each verb opens the LoRA's file; and how many files two of them open, each of
+# which a virus scanner may look at.
 COUNTS = """
 import json, shutil, sys
 import prolora
@@ -210,6 +213,7 @@ for name, use in {
     "transfer": lambda: prolora.transfer(lora, source, target, out=folder + "/moved.safetensors"),
     "check": lambda: prolora.check(lora, base=source),
     "check of two bases": lambda: prolora.check(lora, source=source, target=target),
+    "first convert": lambda: prolora.convert(lora, out=folder + "/first_small.safetensors"),
     "convert": lambda: prolora.convert(lora, out=folder + "/small.safetensors", out_rank=2),
     "merge": lambda: prolora.merge([lora, copied], out=folder + "/merged.safetensors"),
     "bake": lambda: prolora.bake([lora], source, folder + "/baked"),
@@ -218,6 +222,9 @@ for name, use in {
     opened.clear()
     use()
     counts["opens of a LoRA by " + name] = opened.count(lora)
+    if name in ("transfer", "convert"):
+        files = [one for one in opened if not one.endswith((".py", ".pyc"))]
+        counts["opens of a second " + name] = len(files)
 print(json.dumps(counts))
 """
 VERSION = """

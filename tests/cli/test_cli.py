@@ -53,6 +53,22 @@ def test_json_is_all_that_json_prints(prolora, line, tmp_path):
     assert json.loads(text)["totals"]["mapped"] == 8
 
 
+def test_json_says_moved_of_a_lora_on_another_base_and_written_of_any_other(
+    prolora, line, case, tmp_path
+):
+    (lora, source, _), out = case, ("-o", tmp_path / "out.safetensors", "--overwrite", "--json")
+    tuned = {name: related(weight, 0.01, 50) for name, weight in source_weights().items()}
+    tuned = write_folder(tmp_path / "tuned", tuned)
+    for words, status in (
+        ((*line, *out, "--dry-run"), "would move"),
+        ((*line, *out), "moved"),
+        (("convert", lora, *out, "--out-rank", "2"), "written"),
+        (("merge", lora, lora, *out), "written"),
+        (("extract", source, tuned, *out, "--dry-run"), "would write"),
+    ):
+        assert json.loads(prolora(*words)[1])["status"] == status, words
+
+
 def test_one_bad_lora_stops_no_other_and_the_exit_code_says_so(prolora, case, tmp_path):
     lora, source, target = case
     bad = tmp_path / "bad.safetensors"

@@ -198,7 +198,14 @@ def find_likely_layouts(shapes: Mapping[str, tuple[int, ...]]) -> list[Layout]:
 
 
 def _may_be(id_: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Compares the first attention that a table names: most tables are ruled out here.
+    """Compares the first attention that a table names: most tables are ruled out here."""
+    first = _find_attention(id_)
+    return first is None or shapes.get(first[0]) == first[1]
+
+
+@cache
+def _find_attention(id_: str) -> tuple[str, tuple[int, ...]] | None:
+    """Returns the first attention that a table names, and its shape without a kernel.
 
     Reading all of a table takes ten times as long.
     """
@@ -206,8 +213,8 @@ def _may_be(id_: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
         for entry in entries:
             name = _RANGE.sub(lambda match: match[1], entry)
             if _ATTENTION.search(name):
-                return shapes.get(name) == _drop_kernel(_read_shape(text))
-    return True
+                return name, _drop_kernel(_read_shape(text))
+    return None
 
 
 def _read_shape(text: str) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -39,7 +40,8 @@ def fill_safetensors(path: Path, tensors: Tensors, metadata: Metadata, where: St
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {key: replace_surrogates(value) for key, value in metadata.items()}
     dump_safetensors(path, plain, metadata)
-    _verify_safetensors(SafetensorsFile(path), plain, metadata, where)
+    with closing(SafetensorsFile(path, keep_open=True)) as written:
+        _verify_safetensors(written, plain, metadata, where)
 
 
 def replace_tensor(path: Path, start: int, name: str, tensor: Tensor) -> None:

@@ -355,12 +355,15 @@ class _Baking:
     dtype: torch.dtype | None  # of all numbers; None keeps each one's
     rows: list[BakedModule] = field(default_factory=list)
     space: Tensor = field(default_factory=lambda: torch.empty(0))
+    converted: SafetensorsFile | None = None  # the copy, where `dtype` moved its tensors
 
     def write_weight(self, file: Path, parts: Parts) -> None:
         """Adds updates to one stored tensor of a copied file, in place."""
+        if self.dtype is not None and self.converted is None:
+            self.converted = SafetensorsFile(file)
         for part, tensor in self.bake_weight(parts).tensors.items():
-            like = part.file if self.dtype is None else SafetensorsFile(file)
-            replace_tensor(file, like.locate(part.key), part.key, tensor)
+            start = (self.converted or part.file).locate(part.key)
+            replace_tensor(file, start, part.key, tensor)
 
     def bake_weight(self, parts: Parts) -> BakedTensors:
         """Adds updates to one stored tensor, and measures what is left of each."""

@@ -13,12 +13,12 @@ from ..errors import ProLoRAError, UnsupportedFormat
 from ..files.hub import spell_path
 from ..files.safetensors_file import SafetensorsFile
 from ..files.untrusted import read_text
-from .lora_report import LoraReport
+from .lora_report import LoraReport, MovedReport
 from .report import Report, Sentence
 from .table import NOTHING, Cell, Column, Row, Table, Tone, make_table
 
-OutcomeStatus = Literal["failed", "already there", "would move", "moved"]
-"""What became of a LoRA, in two words."""
+OutcomeStatus = Literal["failed", "already there", "would move", "moved", "would write", "written"]
+"""What became of a LoRA, in two words; what is made on the base that it has does not move."""
 _DIGESTS = "lora_hash", "source_hash", "target_hash"
 
 
@@ -66,7 +66,9 @@ class Outcome:
             return "failed"
         if self.kept:
             return "already there"
-        return "would move" if self.planned else "moved"
+        if isinstance(self.report, MovedReport):
+            return "would move" if self.planned else "moved"
+        return "would write" if self.planned else "written"
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the report, or the error, ready for JSON."""
