@@ -5,8 +5,9 @@ import shutil
 
 import pytest
 from lora_files import read_lora
-from mini import lora_tensors
+from mini import lora_tensors, source_weights, write_folder
 from safetensors.torch import load_file, save_file
+from spectra import related
 
 FOREIGN = b"ten hours of work"
 
@@ -69,6 +70,29 @@ def test_the_files_of_a_peft_folder_are_not_replaced(prolora, line, tmp_path):
     (out / "adapter_model.safetensors").unlink()
     assert prolora(*line)[0] == 2
     assert prolora(*line, "--overwrite")[0] == 0 and (out / "README.md").read_text() == "mine"
+
+
+def test_a_folder_that_exists_gets_the_lora_under_its_own_name(prolora, line, case, tmp_path):
+    """Of every command that writes one LoRA; nothing in it is replaced."""
+    (lora, source, _), own = case, source_weights()
+    tuned = {name: related(weight, 0.01, 50) for name, weight in own.items()}
+    tuned = write_folder(tmp_path / "tuned", tuned)
+    for words, name in (
+        (line, lora.name),
+        (("convert", lora, "--out-rank", "2"), lora.name),
+        (("extract", source, tuned), "tuned.safetensors"),
+    ):
+        folder = tmp_path / f"of {words[0]}"
+        folder.mkdir()
+        assert prolora(*words, "-o", folder)[0] == 0
+        assert [path.name for path in folder.iterdir()] == [name]
+        before = (folder / name).read_bytes()
+        (folder / name).write_bytes(FOREIGN)
+        code, _, error = prolora(*words, "-o", folder)
+        assert code == 2 and "exists, and is not replaced" in error
+        assert (folder / name).read_bytes() == FOREIGN
+        assert prolora(*words, "-o", folder, "--overwrite")[0] == 0
+        assert (folder / name).read_bytes() == before
 
 
 @pytest.mark.parametrize(

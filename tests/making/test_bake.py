@@ -171,9 +171,11 @@ def test_where_a_baked_folder_cannot_go_is_said_before_work(tmp_path):
         ("baked", OutputError, {}),
         ("baked", InvalidOption, {"overwrite": True}),
         ("new.safetensors", OutputError, {}),
+        ("pipe/baked", OutputError, {}),
     ):
         with pytest.raises(error, match="folder"):
             bake([tmp_path / "lora.safetensors"], base, tmp_path / out, **options)
+    assert not (base / "baked").exists()
 
 
 def list_files(folder):

@@ -12,6 +12,7 @@ from ..making.convert import convert as convert_lora
 from .console import progress_bar
 from .flags import base_argument, base_option, path_argument
 from .options import OutputFlags, expand_options
+from .outputs import place_output
 from .transfer import check_output_given, check_outputs, print_made_lora
 
 
@@ -29,6 +30,7 @@ def convert(
     check_output_given(output)
     base = base or place
     model = None if base is None else open_base(base)
+    output.output = place_output(output.output, lora, converting.format)
     check_outputs([lora], output, converting, model.files if model else [])
     with progress_bar("convert", output.show_tables) as progress:
         options = replace(converting, progress=progress)

@@ -13,6 +13,7 @@ from ..making.extract_options import ExtractOptions
 from .console import progress_bar
 from .flags import base_argument, base_option
 from .options import OutputFlags, expand_options
+from .outputs import place_output
 from .transfer import check_output_given, check_outputs, print_made_lora
 
 
@@ -35,6 +36,7 @@ def extract(
     if base is None or tuned is None:
         raise InvalidOption("Missing argument 'BASE': give both models, or --base and --tuned")
     old, new = open_base(base), open_base(tuned)
+    output.output = place_output(output.output, Path(tuned), extracting.format)
     check_outputs([Path(tuned)], output, extracting, [*old.files, *new.files])
     with progress_bar("extract", output.show_tables) as progress:
         options = replace(extracting, progress=progress)

@@ -48,6 +48,13 @@ def list_outputs(
     return [*files, *(output / name_output(lora, format, end) for lora in loras for end in ends)]
 
 
+def place_output(output: Path | None, made_of: Path, format: str | None) -> Path | None:
+    """Returns where one LoRA is written: in a folder that exists under the name it came with."""
+    if output is None or format == "peft" or not output.is_dir():
+        return output
+    return output / name_output(made_of, format or "auto")
+
+
 def append_to_name(path: Path, appended: str) -> Path:
     """Appends to a path's name, before the suffix of a LoRA's file."""
     if path.suffix != ".safetensors":

@@ -191,6 +191,8 @@ def _check_out(
     if folder and overwrite:  # files of two models would stand in it
         raise InvalidOption("`overwrite` is for a model in one file: a folder is never replaced")
     check_free(out, [*model.files, path], overwrite=overwrite, folder=folder)
+    if folder and Path(os.path.realpath(path)) in Path(os.path.realpath(out)).parents:
+        raise OutputError(f"{out}: lies in the model that is copied; name a folder elsewhere")
     ending = "" if folder else path.suffix
     if Path(out).suffix != ending and (ending or _WEIGHTS.search(Path(out).name)):
         kind = f"a name that ends in {ending}" if ending else "a folder"
