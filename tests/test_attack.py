@@ -82,7 +82,6 @@ def crash(box):
 
 
 def take_memory(box):
-    # Much more than the bound: a fork begins with fewer pages of its own than its parent has.
     assert len(b"x" * (400 << 20))
 
 
