@@ -131,13 +131,13 @@ def write_shards(box: Box) -> None:
     path.write_text(json.dumps(index, indent=1))
 
 
-def write_pipelines(box: Box) -> None:
-    """Two whole pipelines of a few thousand weights."""
+def write_pipelines(box: Box, vae_seed: int = 0) -> None:
+    """Two whole pipelines of a few thousand weights; their latents differ where their VAEs do."""
     import tiny_pipelines
     from diffusers import UNet2DConditionModel
 
     tiny_pipelines.save(box.inputs / "source")
-    tiny_pipelines.save(box.inputs / "target", seed=1)
+    tiny_pipelines.save(box.inputs / "target", seed=1, vae_seed=vae_seed)
     unet = UNet2DConditionModel.from_pretrained(box.inputs / "source" / "unet")
     updates = tiny_pipelines.updates(unet, ("attn1.to_v", "ff.net.2"))
     tiny_pipelines.write_lora(box.inputs / "lora.safetensors", updates)

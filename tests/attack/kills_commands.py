@@ -48,4 +48,7 @@ CASES = {
         inputs.write_collection, lambda box: cached(inputs.migrate(box), box), 80, 0.5, (0, 2)
     ),
     "fit with resume": Kills(inputs.write_pipelines, inputs.fit, 16, 0.4),
+    "fit between other latents": Kills(
+        lambda box: inputs.write_pipelines(box, vae_seed=3), inputs.fit, 6, 0.4
+    ),
 }
