@@ -67,18 +67,6 @@ def test_kohya_scale_is_alpha_over_rank_as_diffusers_applies_it(tmp_path, alpha,
         same_updates(adapter, found)
 
 
-def test_every_kohya_module_has_a_scale_of_its_own():
-    tensors, expected = {}, {}
-    for seed, (name, shape) in enumerate(LINEAR.items()):
-        up, down = factors(shape, seed + 1, seed)
-        stem = "lora_unet_" + name.replace(".", "_")
-        tensors |= pair(stem, shape, seed + 1, seed)
-        if seed % 3:
-            tensors[f"{stem}.alpha"] = torch.tensor(seed / 2, dtype=torch.float16)
-        expected[name] = (seed / 2 / (seed + 1) if seed % 3 else 1.0) * up @ down
-    same_updates(prolora.convert(tensors).adapter, expected)
-
-
 def rounded(model, dtype):
     """The model, its LoRA's factors rounded to a storage dtype, and that dtype's file of it."""
     for name, parameter in model.named_parameters():

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from diagonal import pair_up
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lora_files import (
@@ -45,17 +46,16 @@ def stored(adapter, dtype):
     )
 
 
-@pytest.mark.parametrize("rank", [4, MIXED], ids=["one rank", "mixed ranks"])
-@pytest.mark.parametrize(
-    ("written", "dtype"),
-    [
-        (("kohya", "diffusers"), torch.float16),
-        (("kohya", "sgm"), torch.float32),
-        (("diffusers", "diffusers"), torch.bfloat16),
-    ],
-)
-def test_diffusers_attaches_exactly_what_was_written(tmp_path, written, rank, dtype):
-    format, spelling = written
+WRITTEN = [
+    ("kohya", "diffusers", torch.float16),
+    ("kohya", "sgm", torch.float32),
+    ("diffusers", "diffusers", torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize(("rank", "written"), pair_up([4, MIXED], WRITTEN))
+def test_diffusers_attaches_exactly_what_was_written(tmp_path, written, rank):
+    format, spelling, dtype = written
     adapter = adapter_of({**LINEAR, **CONV}, rank, spelling=spelling)
     out = tmp_path / "out.safetensors"
     prolora.convert(adapter, out=out, format=format, dtype=dtype)
@@ -66,8 +66,7 @@ def test_diffusers_attaches_exactly_what_was_written(tmp_path, written, rank, dt
         same_updates(stored(adapter, dtype), found)
 
 
-@pytest.mark.parametrize("rank", [4, MIXED], ids=["one rank", "mixed ranks"])
-@pytest.mark.parametrize("format", ["kohya", "diffusers"])
+@pytest.mark.parametrize(("rank", "format"), pair_up([4, MIXED], ["kohya", "diffusers"]))
 def test_diffusers_attaches_both_text_encoders_exactly(tmp_path, format, rank):
     adapter = adapter_of({**LINEAR, **TEXT}, rank, spelling="sgm")
     prolora.convert(adapter, out=tmp_path / "out.safetensors", format=format, dtype="float32")

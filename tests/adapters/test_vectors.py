@@ -42,23 +42,6 @@ def test_a_norm_is_what_lycoris_adds_to_its_weight_and_bias():
     assert torch.allclose(norm.bias + found[f"{NORM}.bias"], bias, atol=1e-7)
 
 
-def test_the_bias_of_a_full_difference_is_what_lycoris_adds():
-    from lycoris.modules.full import FullModule
-
-    base = nn.Linear(5, 6)
-    module = FullModule("lora", base, 1.0)
-    with torch.no_grad():
-        module.weight.copy_(random(6, 5))
-        module.bias.copy_(random(6))
-    diff = {"diff": module.weight, "diff_b": module.bias}
-    tensors = {f"{STEM}_proj_in.{key}": value.detach() for key, value in diff.items()}
-    adapter = prolora.convert(tensors).adapter
-    merged, bias = module.get_merged_weight()
-    update = adapter.updates[PROJ].dense()
-    assert torch.allclose(base.weight + update, merged, atol=1e-6)
-    assert torch.allclose(base.bias + adapter.vectors[f"{PROJ}.bias"], bias, atol=1e-6)
-
-
 def test_the_bias_of_a_lora_has_the_scale_of_the_lora(tmp_path):
     """PEFT's lora_bias: what merging adds to the layer's own bias."""
     from peft import LoraConfig, get_peft_model
