@@ -2,22 +2,15 @@
 
 Small models stand for the published ones, with their names, proportions and two blocks. A target
 has the source's weights wherever both have a matrix of one shape, trained on until they drifted.
-
-`python tests/moving/test_crossings.py` prints the table of the documentation.
 """
 
 from __future__ import annotations
 
 import itertools
 import re
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from family_loras import is_early, measure_difference
 from small_models import authors_weights, small_shapes, small_weights
 
@@ -136,23 +129,3 @@ def test_a_lora_crosses_with_all_modules_that_the_target_has(family, source, tar
 def test_no_lora_crosses_between_models_of_other_widths(family, source, target, names):
     with pytest.raises(errors.ShapeMismatch, match="no module of this LoRA fits the target"):
         cross(family, source, target, "auto", names)
-
-
-def print_table():
-    """A row for every pair of layouts: what the documentation says."""
-    for family, source, target in PAIRS:
-        pairs = [f"{a} → {b}" for f, a, b, s, t in CROSSINGS if (s, t or s) == (source, target)]
-        cells = []
-        for method in ("auto", "copy"):
-            try:
-                lora, result = cross(family, source, target, method)
-            except prolora.ProLoRAError as error:
-                cells.append(f"refused: {str(error)[:90]}")
-            else:
-                moved = f"{len(result.adapter.updates)} of {len(lora.updates)}"
-                cells.append(f"{result.report.method}: {moved}")
-        print(f"{len(pairs)} | {', '.join(pairs)} | {' | '.join(cells)}")
-
-
-if __name__ == "__main__":
-    print_table()

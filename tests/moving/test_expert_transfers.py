@@ -1,7 +1,6 @@
 """LoRAs between models of two experts: each result is for one of them, and its name says so."""
 
 import pytest
-import torch
 from experts import expert, write_file, write_lora, write_pipeline
 from lora_files import read_header, same_bits
 
@@ -40,18 +39,6 @@ def test_a_pair_of_loras_goes_from_each_expert_to_the_same_one(tmp_path, target)
         assert metadata["prolora.source"] == f"older/{part}"
         assert metadata["prolora.target"] == f"wan22/{part}"
         assert same_bits(lora, outcome.out)
-
-
-def test_a_run_that_was_cut_off_goes_on_and_a_bad_lora_stops_no_other(tmp_path, target):
-    lora = write_lora(tmp_path / "style.safetensors")
-    bad = write_file(tmp_path / "bad.safetensors", {"x": torch.ones(2)})
-    source = write_file(tmp_path / "wan21.safetensors", expert(1))
-    args = [bad, lora], source, target, tmp_path / "out"
-    first = prolora.transfer_many(*args, method="copy")
-    assert [outcome.status for outcome in first] == ["failed", "failed", "moved", "moved"]
-    first[3].out.unlink()
-    again = prolora.transfer_many(*args, method="copy")
-    assert [outcome.status for outcome in again][2:] == ["already there", "moved"]
 
 
 def test_results_that_would_be_one_file_are_refused(tmp_path, target):

@@ -90,28 +90,23 @@ def test_every_door_refuses_it(files, tmp_path):
         prolora.transfer(done.adapter, a, c)
 
 
-def test_a_renamed_file_is_taken_for_the_same_base_with_a_word(files, tmp_path):
-    """Its header has a digest of three weights, which fine-tunes may share."""
-    moved, _, b, c = files
+def test_a_base_renamed_or_in_another_precision_is_taken_for_the_same_with_a_word(files, tmp_path):
+    """The header has a digest of three weights, which fine-tunes may share."""
+    moved, a, b, c = files
+    (tmp_path / "half").mkdir()
+    half = tmp_path / "half" / "B_fp16.safetensors"
+    save_file({key: tensor.half() for key, tensor in load_file(b).items()}, half)
+    (doubt,) = prolora.transfer(moved, half, c, method="copy").report.warnings
+    assert "moved to b.safetensors; whether B_fp16.safetensors is that model cannot" in doubt
+    swapped = tmp_path / "half" / "b.safetensors"
+    swapped.write_bytes(a.read_bytes())
+    assert move(moved, swapped, c, tmp_path / "out.safetensors")
     assert not prolora.transfer(moved, b, c, method="copy").report.warnings
     other = b.rename(tmp_path / "quite-another-name.safetensors")
     (doubt,) = prolora.transfer(moved, other, c, method="copy").report.warnings
     assert "to b.safetensors; whether quite-another-name.safetensors is that model" in doubt
     header = move(moved, other, c, tmp_path / "out.safetensors")
     assert len(json.loads(header["prolora.earlier_moves"])) == 1
-
-
-def test_the_same_name_in_another_precision_is_accepted_and_said(files, tmp_path):
-    moved, a, b, c = files
-    (tmp_path / "half").mkdir()
-    half = tmp_path / "half" / "B_fp16.safetensors"
-    save_file({key: tensor.half() for key, tensor in load_file(b).items()}, half)
-    report = prolora.transfer(moved, half, c, out=tmp_path / "out.safetensors").report
-    (doubt,) = report.warnings
-    assert "moved to b.safetensors; whether B_fp16.safetensors is that model cannot" in doubt
-    swapped = tmp_path / "half" / "b.safetensors"
-    swapped.write_bytes(a.read_bytes())
-    assert move(moved, swapped, c, tmp_path / "out.safetensors")
 
 
 def test_bases_that_have_one_name_are_told_by_their_hashes(tmp_path):
