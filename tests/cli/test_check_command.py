@@ -57,16 +57,6 @@ def test_of_several_each_has_its_line_and_the_worst_decides_the_code(prolora, fi
     assert code == 2 and f"{other.name}: ⚠" in out and out.count("bad.safetensors: ") == 1
 
 
-def test_json_is_a_record_or_a_list_of_them(prolora, files):
-    lora, other, base = files
-    code, out, _ = prolora("check", lora, base, "--json")
-    record = json.loads(out)
-    match = record["base_match"]
-    assert (code, match["answer"], match["coverage"]) == (0, "fits", 1)
-    code, out, _ = prolora("check", lora, other, base, "--json")
-    assert code == 3 and [r["base_match"]["answer"] for r in json.loads(out)] == ["fits", "in part"]
-
-
 @pytest.mark.parametrize(
     ("field", "names", "said"),
     [

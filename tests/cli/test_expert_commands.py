@@ -54,12 +54,6 @@ def test_a_lora_of_one_expert_keeps_the_name_of_the_output(prolora, files, tmp_p
     assert [path.name for path in tmp_path.glob("moved*")] == ["moved.safetensors"]
 
 
-def test_other_commands_say_that_a_folder_has_two_experts(prolora, tmp_path):
-    folder = write_pipeline(tmp_path / "wan22")
-    code, _, errors = prolora("extract", folder, folder, "-o", tmp_path / "x.safetensors")
-    assert code == 2 and "name one of them" in errors
-
-
 def test_the_report_replaces_no_result_of_an_expert(prolora, files, tmp_path):
     lora, source, high, low = files
     line = ("transfer", lora, "--source", source, "--target", high, "--target", low)

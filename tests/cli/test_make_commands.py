@@ -16,16 +16,6 @@ def out(tmp_path):
     return tmp_path / "out" / "lora.safetensors"
 
 
-def test_extract_writes_a_lora_and_says_what_it_holds(prolora, case, out, tmp_path):
-    _, base, tuned = case
-    code, _, err = prolora("extract", base, base.parent / "none", "-o", out)
-    assert code == 2 and "no such" in err
-    report = tmp_path / "report.html"
-    out.parent.mkdir()
-    code, _, err = prolora("extract", base, tuned, "-o", out, "--out-rank", "4", "--report", report)
-    assert code == 2 and "one architecture" in err and not out.exists()  # SSD-1B lacks blocks
-
-
 def test_extract_between_a_base_and_its_like(prolora, case, out, tmp_path):
     from mini import source_weights, write_folder
 

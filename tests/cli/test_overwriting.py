@@ -112,15 +112,3 @@ def test_a_file_that_goes_with_a_result_replaces_none(prolora, line, tmp_path, n
     assert sorted(tmp_path.iterdir()) == there
     assert prolora(*words, "--overwrite")[0] == 0
     assert (tmp_path / name).read_bytes() != FOREIGN
-
-
-def test_several_loras_have_a_mark_and_a_share_each_also_the_second_time(prolora, line, tmp_path):
-    lora, *how = line[1:]
-    other = tmp_path / "other.safetensors"
-    other.write_bytes(lora.read_bytes())
-    several = "transfer", lora, other, *how, "-o", tmp_path / "moved"
-    first, second = prolora(*several)[1], prolora(*several)[1]
-    for said in (first, second):
-        assert said.count("⚠ ") >= 2 and said.count("70%") >= 2
-    assert "2 LoRAs in " in first.splitlines()[-1]
-    assert "2 already there" in second and "wrote" not in second

@@ -8,7 +8,7 @@ import torch
 from checkpoints import name_in_ldm
 from hypothesis import given
 from hypothesis import strategies as st
-from lora_files import CONV, LINEAR, adapter_of, read_lora, tiny_unet_config
+from lora_files import CONV, LINEAR, adapter_of, read_lora
 from safetensors.torch import load_file, save_file
 from small_models import authors_weights, small_weights
 
@@ -58,20 +58,6 @@ def test_a_merged_lora_comes_out_at_its_rank(seed, rank, format):
         assert distance(done.adapter.updates[name], update) < 1e-5
         assert distance(back.updates[name], update) < 1e-5
     assert done.report.share_held == pytest.approx(1, abs=1e-9)
-
-
-def test_a_merged_dora_comes_out_as_what_it_does():
-    base, lora = make_base(), adapter_of(LINEAR, rank=4)
-    tensors = prolora.convert(lora, format="kohya", dtype="float32").state_dict()
-    for key in [k for k in tensors if k.endswith(".lora_up.weight")]:
-        out = len(tensors[key])
-        tensors[key.replace("lora_up.weight", "dora_scale")] = 1 + torch.rand(out, 1)
-    dora = prolora.convert(tensors, base).adapter
-    tuned = merge(base, dora.updates)
-    done = prolora.extract(base, tuned, out_rank=0.999999999, dtype="float32")
-    for name, update in dora.updates.items():
-        assert distance(done.adapter.updates[name], update) < 1e-4
-    assert {r.reason for r in done.report.rows("skipped")} == {"equal in both bases"}
 
 
 @given(rank=st.integers(1, 16), seed=st.integers(0, 20))
@@ -333,28 +319,6 @@ def test_an_extracted_lora_is_for_its_base_and_moves_on(tmp_path, monkeypatch):
     assert moved.report.coverage == 1
     with pytest.raises(prolora.errors.WrongBase):
         prolora.transfer(out, new, old, method="copy")  # by the hash in its header
-
-
-@pytest.mark.slow
-def test_peft_merges_an_extracted_file_into_the_tuned_model():
-    """Its own injection and merge, on a live UNet of diffusers."""
-    peft = pytest.importorskip("peft", reason="needs peft, which the extra test has")
-    diffusers = pytest.importorskip("diffusers", reason="needs diffusers, which the extra test has")
-    torch.manual_seed(0)
-    base = diffusers.UNet2DConditionModel(**tiny_unet_config())
-    tuned = copy.deepcopy(base)
-    linear = [n for n, m in base.named_modules() if isinstance(m, torch.nn.Linear)][:40]
-    for name in linear:
-        weight = tuned.get_submodule(name).weight.data
-        weight += 0.1 * torch.randn(len(weight), 1) @ torch.randn(1, weight.shape[1])
-    done = prolora.extract(base, tuned, out_rank=1, dtype="float32", format="peft")
-    assert set(done.adapter.updates) == set(linear)
-    model = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**done.peft_config()))
-    missing = peft.set_peft_model_state_dict(model, done.state_dict("peft"))
-    assert not missing.unexpected_keys
-    merged = model.merge_and_unload()
-    for name, weight in tuned.state_dict().items():
-        assert torch.allclose(merged.state_dict()[name], weight, atol=1e-5), name
 
 
 def test_all_that_no_lora_holds_is_named_with_its_norm_and_counts_in_the_share():
