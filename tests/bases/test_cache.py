@@ -1,7 +1,7 @@
 """The basis cache: the same bases, sooner; and never a wrong one."""
 
 import os
-import subprocess
+import signal
 import sys
 from dataclasses import replace
 from functools import partial
@@ -136,26 +136,20 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
         prolora.transfer(*write_case(tmp_path), cache=tmp_path / "file" / "cache")
 
 
-def child(code, *words, **settings):
-    """Python that knows the tests' own modules, started."""
-    tests = Path(__file__).parents[1] / "support"
-    start = f"import sys; sys.path.insert(0, {str(tests)!r})\n"
-    line = [sys.executable, "-c", start + code, *map(str, words)]
-    return subprocess.Popen(
-        line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **settings
-    )
+def start_fork(work):
+    """Starts a process that does some work; its id."""
+    process = os.fork()
+    if not process:
+        torch.set_num_threads(1)
+        try:
+            work()
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    return process
 
 
-FILL = """
-import logging, prolora
-from prolora.bases import leaves
-from prolora.bases.cache import basis_cache
-logging.basicConfig()
-leaves.SETTLING_TIME = -(10**18)
-base = prolora.open_base(sys.argv[2])
-cache = basis_cache.BasisCache(sys.argv[1])
-print(float(cache.of(base, list(base.shapes), 5).S.double().sum()))
-"""
+forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="no processes are forked here")
 
 
 @pytest.fixture
@@ -163,13 +157,13 @@ def many():
     return torch.stack([weights(60, 60, seed) for seed in range(12)])
 
 
+@forks
 def test_processes_that_fill_one_folder_at_once_agree(tmp_path, many, monkeypatch):
-    model = write_stack(tmp_path, many)
-    running = [child(FILL, tmp_path, model) for _ in range(2)]
-    said = {process.communicate()[0] for process in running}
-    assert all(process.returncode == 0 for process in running) and len(said) == 1
+    wanted = compute(tmp_path / "alone", many)
+    running = [start_fork(lambda: same(compute(tmp_path, many), wanted)) for _ in range(2)]
+    assert [os.waitpid(process, 0)[1] for process in running] == [0, 0]
     no_svd(monkeypatch)
-    compute(tmp_path, many)
+    same(compute(tmp_path, many), wanted)
     assert not list(tmp_path.rglob("*.tmp"))
 
 
@@ -300,16 +294,18 @@ def test_a_table_that_is_a_pipe_or_a_device_is_not_waited_for(tmp_path):
         assert JsonTable(tmp_path / name).get("key") is None
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no limits on the size of files")
-def test_a_full_disk_costs_only_time_and_is_said_once(tmp_path, many):
-    # The kernel refuses to write beyond 1 kB, in the middle of a file.
-    limit = """
-import resource, signal
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-"""
-    process = child(limit + FILL, tmp_path / "full", write_stack(tmp_path, many))
-    out, err = process.communicate()
-    assert process.returncode == 0 and err.count("bases are not kept") == 1
-    assert float(out) == float(compute(tmp_path / "x", many).S.double().sum())
+@forks
+def test_a_full_disk_costs_only_time_and_is_said_once(tmp_path, many, caplog):
+    wanted, model = compute(tmp_path / "x", many), prolora.open_base(write_stack(tmp_path, many))
+
+    def fill():
+        """The kernel refuses to write beyond 1 kB, in the middle of a file."""
+        import resource
+
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        same(compute_of(tmp_path / "full", model), wanted)
+        assert caplog.text.count("bases are not kept") == 1
+
+    assert os.waitpid(start_fork(fill), 0)[1] == 0
     assert not [path for path in (tmp_path / "full").rglob("*") if path.is_file()]

@@ -9,17 +9,15 @@ import shutil
 
 import pytest
 import torch
-from mini import source_weights, target_weights, write_case
+from mini import source_weights
 from safetensors.torch import save_file
 
-import prolora
 from prolora import open_base
 from prolora.bases import leaves
-from prolora.bases.cache.basis_cache import BasisCache
 from prolora.bases.identity import describe_reads, have_equal_files, name_base
 from prolora.bases.leaves import digest_file
 from prolora.bases.pipeline_identity import describe_pipeline_folder, digest_facts
-from prolora.errors import OutputExists, UnsupportedFormat, WrongBase
+from prolora.errors import UnsupportedFormat
 from prolora.files import state
 from prolora.files.safetensors_file import SafetensorsFile
 from prolora.files.state import read_state
@@ -160,40 +158,6 @@ def test_one_value_of_any_tensor_of_any_shard_makes_another_base(tmp_path):
             assert digest_all(open_base(copied)) != digest_all(base), name
             assert not have_equal_files(base, open_base(copied)), name
     assert digest_all(open_base(copied)) == digest_all(base)
-
-
-def test_a_flipped_value_is_noticed_by_whatever_was_made_of_the_file(tmp_path):
-    """A result that exists, an extraction and the cache; a migration has a test of its own."""
-    lora, _, target = write_case(tmp_path)
-    source, copied = write_shards(tmp_path / "shards"), tmp_path / "copied"
-    shutil.copytree(source, copied)
-    options = {
-        "method": "prolora",
-        "threshold": 0,
-        "cache": tmp_path / "c",
-        "out": tmp_path / "o.safetensors",
-    }
-
-    def is_kept():
-        try:
-            return prolora.transfer(lora, source, target, **options).report.dry_run
-        except OutputExists:
-            return False
-
-    assert not is_kept() and is_kept()
-    with pytest.raises(WrongBase, match="same"):
-        prolora.extract(source, copied)
-    for file in (*sorted(source.glob("*.safetensors")), lora):
-        whole = file.read_bytes()
-        for name in flip_each(file):
-            is_read = file == lora or name.removesuffix(".weight") in target_weights()
-            assert not (is_kept() and is_read), name
-            if file != lora:
-                prolora.extract(source, copied, out_rank=1)
-                with BasisCache(tmp_path / "c").flush_at_end() as known:
-                    known.of(open_base(source), [name.removesuffix(".weight")], 0.99)
-                    assert known.misses == 1, name
-        assert file.read_bytes() == whole
 
 
 def flip_each(file):
