@@ -114,14 +114,3 @@ def test_what_the_next_lora_cannot_use_goes_and_ctrl_c_leaves_nothing_behind(roo
         fit_all(room, out, progress=stop)
     assert kept == {"images-source-0", "images-source-3", "images-target-2", "images-target-5"}
     assert_as_alone(room, out, "a")
-
-
-def test_a_folder_that_was_asked_for_stays_and_serves_the_next_lora(room, tmp_path, sampled):
-    out, kept = tmp_path / "out", tmp_path / "kept"
-    for name in "ac":
-        fit_all(room, out, name, resume=kept)
-    assert_as_alone(room, out, "ac")
-    assert len(sampled) == 12 + 4
-    names = [file.name for file in kept.iterdir()]
-    assert sum(name.startswith("fit-") for name in names) == 2
-    assert sum(name.startswith("images-adapted-") for name in names) == 4

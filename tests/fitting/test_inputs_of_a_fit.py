@@ -89,15 +89,6 @@ def test_after_a_change_of_a_pipeline_neither_parts_nor_a_result_are_used(change
     assert not is_kept(changed) and key_of(changed) != before
 
 
-def test_parts_of_a_changed_pipeline_are_made_again_and_the_old_ones_stay(changed):
-    before = {file.name: file.read_bytes() for file in (changed / "kept").iterdir()}
-    CHANGES["norm_eps"](changed)
-    again = fit(*ends_of(changed), QUICK, resume=changed / "kept").report.probe
-    after = {file.name: file.read_bytes() for file in (changed / "kept").iterdir()}
-    assert again.resumed == 0
-    assert after.items() > before.items() and len(after) == 2 * len(before)
-
-
 @pytest.mark.parametrize("package", ["torch", "diffusers", "transformers"])
 def test_after_a_change_of_a_package_nothing_is_used(tmp_path, package, monkeypatch):
     told, numbers = importlib.metadata.version, {"a": torch.ones(2)}

@@ -15,7 +15,6 @@ from test_probe import lora, permuted, source
 from torch import nn
 
 from prolora.fitting.models import in_float32, in_precision
-from prolora.fitting.sides import Call
 
 __all__ = ["lora", "source"]  # fixtures
 
@@ -32,19 +31,6 @@ def test_half_stored_models_are_probed_as_their_float32_copies(source, lora):
     for model, kept in zip(halves, before, strict=True):
         assert {weight.dtype for weight in model.state_dict().values()} == {torch.float16}
         assert same_bits(model.state_dict(), kept)
-
-
-def test_a_unet_in_half_precision_computes_in_float32():
-    half, call = make_model("unet")
-    half.bfloat16()
-    wide, (x, time, text) = copy.deepcopy(half).float(), call.args
-    call = Call((x.bfloat16(), time), {"encoder_hidden_states": text.bfloat16()})
-    same = Call((x.bfloat16().float(), time), {"encoder_hidden_states": text.bfloat16().float()})
-    update = tiny.updates(wide, ("attn1.to_v",), size=0.1)
-    with in_float32(half):
-        predicted, wanted = predict(half, call, updates=update), predict(wide, same, updates=update)
-        assert torch.equal(predicted, wanted)
-    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("kind", keep_some(["unet", "flux", "qwen"], "unet", "qwen"))

@@ -18,7 +18,6 @@ import pytest
 import tiny_pipelines
 import torch
 from mini import lora_tensors, source_weights, target_weights
-from odd_files import ODD_FILES
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -303,21 +302,6 @@ def test_what_a_lora_is_is_said_as_the_command_says_it(pack, models):
     (models / "loras/bad.safetensors").write_bytes(b"nothing")
     assert look("bad").startswith("✖ bad.safetensors: not a safetensors file")
     assert refusal(pack, "ProloraCheckLora", {"lora": "bad.safetensors", "model": "any model"})
-
-
-def test_the_node_says_of_odd_files_what_the_table_has(pack, models):
-    for odd in ODD_FILES:
-        if odd.asked.get("program", "comfyui") != "comfyui" or "deep" in odd.asked:
-            continue
-        path = odd.write(models / "loras")
-        (report,), _ = run(pack, "ProloraCheckLora", lora=path.name, model="any model")
-        first = report.splitlines()[0].replace(f"{path.name}: ", "")
-        if odd.code == 2:
-            assert first.startswith(f"✖ {odd.first}".rstrip()), odd.name
-        else:
-            told = prolora.check(path, program="comfyui")
-            assert first == f"{told.mark} {told.headline}".partition("; `convert()`")[0], odd.name
-            assert odd.mark == "✔" or told.mark != "✔"
 
 
 def test_a_folder_is_moved_without_what_was_moved_before(pack, models):
