@@ -133,5 +133,5 @@ def tell_folder(rows: Mapping[str, str], where: str) -> str:
     marks = [row[0] for row in rows.values()]
     counts = ", ".join(f"{marks.count(mark)} {mark}" for mark in "✔⚠✖" if mark in marks)
     worst = max(marks, key="✔⚠✖".index, default="✖")
-    title = f"{worst} {len(rows)} LoRAs ({counts or 'none'}), in place below {where}."
-    return "\n".join([title, *rows.values()])
+    number = f"{len(rows)} LoRA{'' if len(rows) == 1 else 's'} ({counts or 'none'})"
+    return "\n".join([f"{worst} {number}, in place below {where}.", *rows.values()])

@@ -314,7 +314,7 @@ def test_a_folder_is_moved_without_what_was_moved_before(pack, models):
     assert lines[2].startswith(f"⚠ one.safetensors: {advice}") and "(moved before)" in lines[2]
     assert lines[3].startswith(f"⚠ styles/two.safetensors: {advice}")
     assert not any(str(models) in line or "target lacks" not in line for line in lines[2:])
-    assert move_folder(pack, "styles")[0] == "⚠ 1 LoRAs (1 ⚠), in place below loras/zz-moved."
+    assert move_folder(pack, "styles")[0] == "⚠ 1 LoRA (1 ⚠), in place below loras/zz-moved."
     choices = pack.NODE_CLASS_MAPPINGS["ProloraMoveFolder"].INPUT_TYPES()["required"]["folder"][0]
     assert choices == ["choose…", "(all)", "styles"]
 
