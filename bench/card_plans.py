@@ -12,21 +12,12 @@ from __future__ import annotations
 import json
 import math
 import re
-import struct
+import sys
 import tempfile
 from pathlib import Path
 
+import diffusers
 import torch
-from diffusers import (
-    AutoencoderKL,
-    AutoencoderKLFlux2,
-    AutoencoderKLQwenImage,
-    Flux2Transformer2DModel,
-    FluxTransformer2DModel,
-    QwenImageTransformer2DModel,
-    UNet2DConditionModel,
-)
-from torch import nn
 
 from prolora.errors import TooLittleMemory
 from prolora.files.sizes import parse_size
@@ -34,76 +25,45 @@ from prolora.fitting.pipelines import memory_bounds
 from prolora.fitting.settings import FitSettings
 from prolora.fitting.swapping import count_staying
 
+sys.path.append(str(Path(__file__).parents[1] / "tests/support"))
+
+from checkpoints import sparse_file
+from make_layouts import build_model
+from published_models import PUBLISHED
+from published_unets import UNETS
+
 RANK = 32
 CARDS = (8, 12, 16, 24)
 PASSES = 4.25
 """Visits of a block in a Gauss–Newton step: forward, backward, two trials, and in every fourth step
 the curvature. Two of Adam's make four."""
-SDXL = {
-    "sample_size": 128,
-    "in_channels": 4,
-    "out_channels": 4,
-    "cross_attention_dim": 2048,
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-    "block_out_channels": [320, 640, 1280],
-    "transformer_layers_per_block": [1, 2, 10],
-    "attention_head_dim": [5, 10, 20],
-    "use_linear_projection": True,
-    "layers_per_block": 2,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
 VAE = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2}
 VAE["down_block_types"] = ("DownEncoderBlock2D",) * 4
 VAE["up_block_types"] = ("UpDecoderBlock2D",) * 4
-KLEIN = {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24}
-KLEIN |= {"joint_attention_dim": 7680, "guidance_embeds": False}
+MODELS = {
+    "SD1.5": ("sd15", "AutoencoderKL", VAE),
+    "SDXL": ("sdxl", "AutoencoderKL", VAE),
+    "FLUX.1": ("flux1-dev", "AutoencoderKL", VAE | {"latent_channels": 16}),
+    "FLUX.2 klein 4B": ("flux2-klein-4b", "AutoencoderKLFlux2", {}),
+    "Qwen-Image": ("qwen-image", "AutoencoderKLQwenImage", {}),
+}
+"""Name -> the published size of its denoiser, and class and configuration of its VAE."""
 
 
-def build() -> dict[str, tuple[nn.Module, nn.Module]]:
-    """Denoiser and VAE by name, without values."""
+def write_pipeline(name: str, folder: Path) -> None:
+    """The folder of a pipeline without values; 16-bit weights as published, the VAE too."""
+    size, vae, config = MODELS[name]
+    denoiser = build_model((UNETS | PUBLISHED)[size])
     with torch.device("meta"):
-        sd15 = UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8, sample_size=64)
-        return {
-            "SD1.5": (sd15, AutoencoderKL(**VAE)),
-            "SDXL": (UNet2DConditionModel(**SDXL), AutoencoderKL(**VAE)),
-            "FLUX.1": (
-                FluxTransformer2DModel(guidance_embeds=True),
-                AutoencoderKL(**VAE, latent_channels=16),
-            ),
-            "FLUX.2 klein 4B": (Flux2Transformer2DModel(**KLEIN), AutoencoderKLFlux2()),
-            "Qwen-Image": (QwenImageTransformer2DModel(), AutoencoderKLQwenImage()),
-        }
-
-
-def write_headers(model: nn.Module, folder: Path, dtype: str) -> None:
-    """A model's files, the values being a hole."""
-    folder.mkdir(parents=True)
-    size, header = {"F16": 2, "BF16": 2, "F32": 4}[dtype], {}
-    end = 0
-    for name, tensor in model.state_dict().items():
-        start, end = end, end + size * tensor.numel()
-        shape = list(tensor.shape)
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with (folder / "diffusion_pytorch_model.safetensors").open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        file.truncate(8 + len(text) + end)
-    config = {k: v for k, v in model.config.items() if not k.startswith("_")}
-    (folder / "config.json").write_text(json.dumps(config))
-
-
-def write_pipeline(models: tuple[nn.Module, nn.Module], folder: Path) -> None:
-    """The folder of a pipeline; 16-bit weights as they are published, the VAE too."""
-    part = "unet" if isinstance(models[0], UNet2DConditionModel) else "transformer"
-    write_headers(models[0], folder / part, "BF16")
-    write_headers(models[1], folder / "vae", "BF16")
+        parts = {"vae": getattr(diffusers, vae)(**config)}
+    parts["unet" if size in UNETS else "transformer"] = denoiser
     index = {"_class_name": "DiffusionPipeline"}
-    for name, model in ((part, models[0]), ("vae", models[1])):
-        index[name] = ["diffusers", type(model).__name__]
+    for part, model in parts.items():
+        index[part] = ["diffusers", type(model).__name__]
+        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        sparse_file(folder / part / "diffusion_pytorch_model.safetensors", shapes, "BF16")
+        stored = {key: value for key, value in model.config.items() if not key.startswith("_")}
+        (folder / part / "config.json").write_text(json.dumps(stored))
     (folder / "model_index.json").write_text(json.dumps(index))
 
 
@@ -142,10 +102,9 @@ def main() -> None:
     print(f"| source → target | least, GB | at rest, GB |{cards}")
     print("|---" * (3 + len(CARDS)) + "|")
     with tempfile.TemporaryDirectory() as place:
-        folders = {}
-        for name, models in build().items():
-            folders[name] = Path(place) / name
-            write_pipeline(models, folders[name])
+        folders = {name: Path(place) / name for name in MODELS}
+        for name, folder in folders.items():
+            write_pipeline(name, folder)
         for source, target, crosses in pairs:
             for size in (512, 1024):
                 ends = folders[source], folders[target]

@@ -1,6 +1,6 @@
 """LoRAs of every published size against every other, by `prolora check`.
 
-    python bench/check_families.py [--json FILE]
+    python bench/check_families.py
 
 Bases are shapes alone. LoRAs are of four kinds: on attention, on all matrices of the blocks, on all
 matrices, and on the first half of the blocks. Wrong is what fits another size with no word of its
@@ -9,12 +9,9 @@ own; exit code 1 if there is any.
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -59,17 +56,13 @@ def list_kinds(layout: str) -> dict[str, list[str]]:
 def make_lora(layout: str, modules: list[str]) -> Lora:
     """A LoRA of rank 1 in diffusers' spelling; its factors share one number."""
     shapes, zero, tensors = load_layout(layout).shapes, torch.zeros(()), {}
+    unet = any(one.unet and layout in one.layouts for one in known_families().values())
+    part = "unet" if unet else "transformer"
     for name in modules:
         out, inputs = matrix_shape(shapes[name])
-        part = "unet" if is_unet(layout) else "transformer"
         tensors[f"{part}.{name}.lora_B.weight"] = zero.expand(out, 1)
         tensors[f"{part}.{name}.lora_A.weight"] = zero.expand(1, inputs)
     return Lora.open(tensors)
-
-
-def is_unet(layout: str) -> bool:
-    """Whether a size is a UNet."""
-    return any(family.unet for family in known_families().values() if layout in family.layouts)
 
 
 def judge(fit: BaseMatch, own: str) -> str:
@@ -81,12 +74,8 @@ def judge(fit: BaseMatch, own: str) -> str:
 
 def main() -> int:
     """Asks about all pairs, and prints what was told."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--json", type=Path)
-    asked = parser.parse_args()
     bases = {layout: make_base(layout) for layout in known_layouts()}
     told: Counter[tuple[str, str]] = Counter()
-    rows = []
     for own in bases:
         for kind, modules in list_kinds(own).items():
             if not modules:
@@ -104,15 +93,10 @@ def main() -> int:
                 fit = fit_shapes(lora, base)
                 verdict = judge(fit, own) if other != own else f"own {fit.answer}"
                 told[kind, verdict] += 1
-                if verdict not in ("other", "in part", "own fits"):
-                    rows.append([kind, own, other, verdict, fit.sentence])
+                if verdict == "wrong" or (verdict.startswith("own") and verdict != "own fits"):
+                    print(kind, own, other, verdict, fit.sentence)
     for (kind, verdict), count in sorted(told.items()):
         print(f"{kind:10} {verdict:12} {count}")
-    for row in rows:
-        if row[3] == "wrong" or row[3].startswith("own"):
-            print(*row)
-    if asked.json:
-        asked.json.write_text(json.dumps(rows, indent=1))
     return 1 if any(verdict == "wrong" for _, verdict in told) else 0
 
 

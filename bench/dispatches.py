@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import subprocess
 import time
 from collections import Counter
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -23,9 +22,10 @@ from unittest import mock
 
 import torch
 from gpu.counters import Tally, counting
+from gpu.machine import find_commit
 from gpu.one_kernel import by_kernels
 from gpu.stages import stage_of
-from torch import Tensor
+from gpu.steps import make_weights
 
 import prolora
 from prolora.core.svd import krylov, stacks
@@ -39,23 +39,6 @@ MODELS = [
     *((2, m, n, 128) for m, n in ((12288, 3072), (3072, 12288), (3072, 15360))),
     *((2, m, n, 0.9) for m, n in ((1280, 1280), (640, 640), (1280, 2048), (640, 2048))),
 ]
-
-
-def make_weights(b: int, m: int, n: int) -> Tensor:
-    """W [b, m, n], float32, with σ_i = i^-0.5 and random vectors.
-
-    Two matrices are multiplied out; the others are these, with their rows and columns permuted.
-    """
-    d = min(m, n)
-    generator = torch.Generator().manual_seed(0)
-    made = []
-    for _ in range(min(b, 2)):
-        u, v = (torch.linalg.qr(torch.randn(size, d, generator=generator))[0] for size in (m, n))
-        made.append((u * torch.arange(1, d + 1) ** -0.5) @ v.mT)
-    for i in range(2, b):
-        rows, columns = (torch.randperm(size, generator=generator) for size in (m, n))
-        made.append(made[i % 2][rows][:, columns])
-    return torch.stack(made)
 
 
 @contextmanager
@@ -73,7 +56,7 @@ def count_case(
     b: int, m: int, n: int, rank: int | float, slow_float64: bool = False, stored: str = ""
 ) -> dict[str, Any]:
     """The counts for one stack."""
-    weights = make_weights(b, m, n).to(torch.bfloat16 if stored else torch.float32)
+    weights = make_weights(b, m, n, "cpu").to(torch.bfloat16 if stored else torch.float32)
     asked = by_kernels() if stored == "krylov_block" else nullcontext()
     began = time.perf_counter()
     with asked, as_on_a_gpu(slow_float64), counting(stage_of) as tally:
@@ -144,14 +127,6 @@ def _on_one_line(match: re.Match[str]) -> str:
     return "[" + " ".join(match[1].split()) + "]"
 
 
-def commit() -> str:
-    """Of the sources that are counted."""
-    folder = Path(prolora.__file__).parent
-    command = ["git", "-C", folder, "describe", "--always", "--dirty"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
-
-
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -178,7 +153,7 @@ def main() -> None:
         summary = {k: v for k, v in cases[-1].items() if k not in ("calls", "stages")}
         print(json.dumps(summary), flush=True)
         known = json.loads(words.out.read_text()) if words.out.exists() else {}
-        known[words.label] = {"commit": commit(), "torch": torch.__version__, "cases": cases}
+        known[words.label] = {"commit": find_commit(), "torch": torch.__version__, "cases": cases}
         words.out.write_text(_format(known))
 
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
+import sys
 import time
+from pathlib import Path
 
 import torch
-from card_plans import SDXL
 from diffusers import UNet2DConditionModel
+from timing import peak_gib
 
 from prolora.architectures.modules import find_block
 from prolora.fitting.models import frozen, in_float32
@@ -23,22 +24,21 @@ from prolora.fitting.sides import Call, output_of
 from prolora.fitting.solver.joint_fit import JointProblem, fit_jointly
 from prolora.fitting.solver.linearisation import ProbeBatch
 
+sys.path.append(str(Path(__file__).parents[1] / "tests/support"))
+
+from published_unets import UNETS
+
 
 def peak_gigabytes() -> float:
     """Of this process, since it started."""
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 2)
+    return round(peak_gib() * 2**30 / 1e9, 2)
 
 
 def build(name: str, width: int) -> UNet2DConditionModel:
-    """The model in float16, never in float32 as a whole."""
-    sd15 = {
-        "block_out_channels": (width, 2 * width, 4 * width, 4 * width),
-        "cross_attention_dim": 768,
-        "attention_head_dim": 8,
-        "sample_size": 64,
-    }
+    """The model in float16, never in float32 as a whole; `width` is that of SD1.5."""
+    widths = {"block_out_channels": (width, 2 * width, 4 * width, 4 * width)}
     torch.set_default_dtype(torch.float16)
-    model = UNet2DConditionModel(**(SDXL if name == "sdxl" else sd15))
+    model = UNet2DConditionModel(**UNETS[name].config | (widths if name == "sd15" else {}))
     torch.set_default_dtype(torch.float32)
     return model
 

@@ -1,10 +1,7 @@
 """Generates an SDXL base, a related SSD-1B and a kohya LoRA at full size, without any download.
 
-    python bench/sdxl.py FOLDER [--scale 8] [--feed-forward] [--seed 0]
-
-writes FOLDER/sdxl/unet and FOLDER/ssd-1b/unet (sharded diffusers folders, fp16) and
-FOLDER/lora.safetensors (rank 32, alpha 16, all 560 attention modules in SGM spelling; with
---feed-forward also the 140 feed-forward ones).
+`write_all(FOLDER)` writes FOLDER/sdxl/unet and FOLDER/ssd-1b/unet (sharded diffusers folders, fp16)
+and FOLDER/lora.safetensors (rank 32, alpha 16, all 560 attention modules in SGM spelling).
 
 The weights are made to cost what real ones cost, and to behave like them where a transfer looks:
 
@@ -17,18 +14,15 @@ The weights are made to cost what real ones cost, and to behave like them where 
   directions of its own. W_s is the SDXL weight of the same name.
 
 Everything is a function of the seed and the module's name. Left out are the convolutions,
-`proj_in`, `proj_out`, embeddings and biases: the LoRA does not touch them, and
-`prolora.architectures.layouts.identify` needs attention alone (and feed-forward, if there is any).
+`proj_in`, `proj_out`, feed-forward, embeddings and biases: the LoRA does not touch them, and
+`prolora.architectures.layouts.identify` needs attention alone.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import time
 import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -42,66 +36,34 @@ from prolora.files.safetensors_writing import write_safetensors
 POOL = 4
 DEVIATION = 0.025
 NOISE = 0.15
+RANK = 32
 SHARD_BYTES = 500_000_000
 
 
-@dataclass(frozen=True)
-class Generated:
-    """Where everything was written, and how long it took in seconds."""
-
-    source: Path
-    target: Path
-    lora: Path
-    seconds: dict[str, float]
-
-
-def write_all(
-    folder: Path, *, scale: int = 1, feed_forward: bool = False, rank: int = 32, seed: int = 0
-) -> Generated:
-    """Writes source, target and LoRA below `folder`."""
-    generated = Generated(
-        folder / "sdxl", folder / "ssd-1b", folder / "lora.safetensors", seconds={}
-    )
-
-    def timed(what: str, write: Callable[[], None]) -> None:
-        start = time.perf_counter()
-        write()
-        generated.seconds[what] = time.perf_counter() - start
-
-    sdxl, ssd = (shapes(name, scale, feed_forward) for name in ("sdxl", "ssd-1b"))
-    timed("source", lambda: write_unet(generated.source / "unet", sdxl, 0.0, seed))
-    timed("target", lambda: write_unet(generated.target / "unet", ssd, NOISE, seed))
-    timed(
-        "lora",
-        lambda: write_lora(
-            generated.lora, scale=scale, feed_forward=feed_forward, rank=rank, seed=seed
-        ),
-    )
-    return generated
+def write_all(folder: Path, scale: int = 1) -> list[Path]:
+    """Writes LoRA, source and target below `folder`, all widths divided by `scale`."""
+    paths = [folder / name for name in ("lora.safetensors", "sdxl", "ssd-1b")]
+    write_lora(paths[0], scale)
+    write_unet(paths[1] / "unet", shapes("sdxl", scale), 0.0)
+    write_unet(paths[2] / "unet", shapes("ssd-1b", scale), NOISE)
+    return paths
 
 
-def shapes(layout: str, scale: int, feed_forward: bool) -> dict[str, tuple[int, int]]:
-    """Module -> (rows, columns) of a layout's weights, in the order of their names."""
+def shapes(layout: str, scale: int) -> dict[str, tuple[int, int]]:
+    """Module -> (rows, columns) of a layout's attention weights, in the order of their names."""
     known = load_layout(layout)
-    names = known.adapted if feed_forward else known.attention
-    sizes = {name: known.shapes[name] for name in sorted(names)}
+    sizes = {name: known.shapes[name] for name in sorted(known.attention)}
     return {name: (m // scale, n // scale) for name, (m, n) in sizes.items()}
 
 
-def write_unet(
-    folder: Path,
-    modules: dict[str, tuple[int, int]],
-    noise: float,
-    seed: int,
-    dtype: torch.dtype = torch.float16,
-) -> None:
+def write_unet(folder: Path, modules: dict[str, tuple[int, int]], noise: float) -> None:
     """A sharded diffusers folder; never more than one shard is in memory."""
     folder.mkdir(parents=True, exist_ok=True)
     plan = list(_shards(modules))
     weight_map: dict[str, str] = {}
     for number, names in enumerate(plan, 1):
         file = f"diffusion_pytorch_model-{number:05}-of-{len(plan):05}.safetensors"
-        tensors = {f"{n}.weight": weight(n, modules[n], noise, seed).to(dtype) for n in names}
+        tensors = {f"{name}.weight": weight(name, modules[name], noise).half() for name in names}
         write_safetensors(folder / file, tensors, {"format": "pt"})
         weight_map.update(dict.fromkeys(tensors, file))
     total = sum(2 * m * n for m, n in modules.values())
@@ -110,32 +72,30 @@ def write_unet(
     (folder / name).write_text(json.dumps(index, indent=1))
 
 
-def write_lora(
-    path: Path, *, scale: int = 1, feed_forward: bool = False, rank: int = 32, seed: int = 0
-) -> None:
+def write_lora(path: Path, scale: int) -> None:
     """A kohya LoRA for SDXL: SGM spelling, fp16, alpha = rank / 2, singular values that fall."""
     tensors: dict[str, Tensor] = {}
-    fall = torch.arange(1, rank + 1).float().rsqrt()
-    for name, (m, n) in shapes("sdxl", scale, feed_forward).items():
-        generator = _generator(seed, name, "lora")
+    fall = torch.arange(1, RANK + 1).float().rsqrt()
+    for name, (m, n) in shapes("sdxl", scale).items():
+        generator = _generator(0, name, "lora")
         key = f"lora_unet_{unet_names().find_weight_holding(name).name}".replace(".", "_")
-        up = torch.randn(m, rank, generator=generator) * fall * (0.3 / m**0.5)
-        down = torch.randn(rank, n, generator=generator) / n**0.5
+        up = torch.randn(m, RANK, generator=generator) * fall * (0.3 / m**0.5)
+        down = torch.randn(RANK, n, generator=generator) / n**0.5
         tensors[f"{key}.lora_up.weight"] = up.half()
         tensors[f"{key}.lora_down.weight"] = down.half()
-        tensors[f"{key}.alpha"] = torch.tensor(rank / 2).half()
+        tensors[f"{key}.alpha"] = torch.tensor(RANK / 2).half()
     metadata = {
         "ss_base_model_version": "sdxl_base_v1-0",
         "ss_network_module": "networks.lora",
-        "ss_network_dim": str(rank),
-        "ss_network_alpha": str(rank / 2),
+        "ss_network_dim": str(RANK),
+        "ss_network_alpha": str(RANK / 2),
         "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     write_safetensors(path, tensors, metadata)
 
 
-def weight(name: str, shape: tuple[int, int], noise: float, seed: int) -> Tensor:
+def weight(name: str, shape: tuple[int, int], noise: float, seed: int = 0) -> Tensor:
     """The float32 weight [m, n] of a module."""
     made = _turned(name, shape, "weight", seed)
     return made.add_(_turned(name, shape, "noise", seed), alpha=noise) if noise else made
@@ -182,24 +142,3 @@ def _shards(modules: dict[str, tuple[int, int]]) -> Iterator[list[str]]:
 def _generator(seed: int, name: str, purpose: str) -> torch.Generator:
     """A stream of its own for every name and purpose, the same in every run."""
     return torch.Generator().manual_seed(zlib.crc32(f"{seed}/{purpose}/{name}".encode()))
-
-
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--scale", type=int, default=1, help="divide all widths by this")
-    parser.add_argument("--feed-forward", action="store_true", help="also these modules")
-    parser.add_argument("--rank", type=int, default=32)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = vars(parser.parse_args())
-    generated = write_all(arguments.pop("folder"), **arguments)
-    for what in ("source", "target", "lora"):
-        path: Path = getattr(generated, what)
-        files = [path] if path.is_file() else [f for f in path.rglob("*") if f.is_file()]
-        size = sum(file.stat().st_size for file in files) / 1e6
-        print(f"{path}: {size:.0f} MB in {generated.seconds[what]:.1f} s")
-
-
-if __name__ == "__main__":
-    main()

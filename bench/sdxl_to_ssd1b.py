@@ -20,81 +20,67 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from typing import Any
 
+import sdxl
 import torch
+from gpu.machine import find_commit
 from timing import peak_gib
 from torch import Tensor
 
 import prolora
 from prolora.moving.plan import make_plan
 
-
-def fresh_output(folder: Path) -> Path:
-    """Where a result goes; the one that is there would be kept."""
-    (folder / "out.safetensors").unlink(missing_ok=True)
-    return folder / "out.safetensors"
+Rank = int | float
 
 
-def ours(folder: Path, rank: int | float) -> dict[str, Any]:
-    """The whole job through the public file-to-file call."""
+def transfer(folder: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """Runs the whole job through the public file-to-file call; its report, and what it took."""
+    paths = [folder / name for name in ("lora.safetensors", "sdxl", "ssd-1b")]
+    out = folder / "out.safetensors"
+    out.unlink(missing_ok=True)  # else it would be kept
     started, worked = time.perf_counter(), time.process_time()
-    report = prolora.transfer(
-        folder / "lora.safetensors",
-        folder / "sdxl",
-        folder / "ssd-1b",
-        out=fresh_output(folder),
-        rank=rank,
-        method="prolora",
-    ).report
-    seconds = time.perf_counter() - started
-    columns = [row.measures.columns_source for row in report.rows("mapped") if row.measures]
-    return {
-        "seconds": seconds,
+    report = prolora.transfer(*paths, out=out, **options).report
+    return report, {
+        "seconds": time.perf_counter() - started,
         "processor seconds": time.process_time() - worked,
         "stages": report.seconds,
-        "share of svd": report.seconds["svd"] / seconds,
         "peak resident GiB": peak_gib(),
+    }
+
+
+def project(folder: Path, rank: Rank, _: int) -> dict[str, Any]:
+    """Method `prolora`, with bases that nobody has decomposed before."""
+    report, facts = transfer(folder, rank=rank, method="prolora")
+    measured = [row.measures for row in report.rows("mapped") if row.measures]
+    columns = [one.columns_source for one in measured]
+    return facts | {
+        "share of svd": report.seconds["svd"] / facts["seconds"],
         "totals": report.totals,
         "columns": [min(columns), max(columns)],
-        "largest bound": max(r.measures.bound for r in report.rows("mapped") if r.measures),
+        "largest bound": max(one.bound for one in measured),
     }
 
 
-def automatic(folder: Path) -> dict[str, Any]:
-    """The default: both bases looked at, then copied or damped, without any decomposition."""
-    paths = [folder / name for name in ("lora.safetensors", "sdxl", "ssd-1b")]
-    started = time.perf_counter()
-    report = prolora.transfer(*paths, out=fresh_output(folder)).report
-    seconds = time.perf_counter() - started
-    return {
-        "seconds": seconds,
-        "method": report.method,
-        "stages": report.seconds,
-        "peak resident GiB": peak_gib(),
-    }
+def copy(folder: Path, *_: object) -> dict[str, Any]:
+    """The default: both bases looked at, then copied, without any decomposition."""
+    report, facts = transfer(folder)
+    return facts | {"method": report.method}
 
 
-def second(folder: Path, rank: int | float) -> dict[str, Any]:
+def project_again(folder: Path, rank: Rank, _: int) -> dict[str, Any]:
     """The same LoRA again, with the subspaces kept from the first time."""
     options = {"method": "prolora", "rank": rank, "cache": folder / f"cache-{rank}"}
-    paths = [folder / name for name in ("lora.safetensors", "sdxl", "ssd-1b")]
-    prolora.transfer(*paths, out=fresh_output(folder), **options)
-    started = time.perf_counter()
-    report = prolora.transfer(*paths, out=fresh_output(folder), **options).report
-    seconds = time.perf_counter() - started
+    transfer(folder, **options)
+    facts = transfer(folder, **options)[1]
     size = sum(file.stat().st_size for file in options["cache"].rglob("*.safetensors"))
-    return {
-        "seconds": seconds,
-        "stages": report.seconds,
-        "peak resident GiB": peak_gib(),
-        "cache GiB": size / 2**30,
-    }
+    return facts | {"cache GiB": size / 2**30}
 
 
-def baseline(folder: Path, rank: int | float, every: int) -> dict[str, Any]:
+def baseline(folder: Path, rank: Rank, every: int) -> dict[str, Any]:
     """Layer by layer: LAPACK's SVD in float32, dense projectors."""
     adapter = prolora.adapters.read_adapter(folder / "lora.safetensors")
     source, target = (prolora.open_base(folder / name) for name in ("sdxl", "ssd-1b"))
@@ -126,7 +112,7 @@ def baseline(folder: Path, rank: int | float, every: int) -> dict[str, Any]:
     }
 
 
-def leading(weight: Tensor, rank: int | float) -> tuple[Tensor, Tensor]:
+def leading(weight: Tensor, rank: Rank) -> tuple[Tensor, Tensor]:
     """U [m, k] and V [n, k]."""
     u, s, vt = torch.linalg.svd(weight, full_matrices=False)
     k = rank
@@ -147,18 +133,20 @@ def project_densely(
     return pt @ inside @ qt + (one_m - pt) @ outside @ (one_n - qt)
 
 
+PARTS: dict[str, Callable[[Path, Rank, int], dict[str, Any]]] = {
+    "prolora": project,
+    "torch": baseline,
+    "prolora, second LoRA (bases cached)": project_again,
+    "prolora, method auto": copy,
+}
+
+
 def in_own_process(part: str, words: argparse.Namespace) -> dict[str, Any]:
     """Runs this script for one part and reads what it prints."""
     command = [sys.executable, __file__, str(words.folder), "--part", part, "--rank", words.rank]
     command += ["--threads", str(words.threads), "--baseline-every", str(words.baseline_every)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return dict(json.loads(done.stdout))
-
-
-def commit() -> str:
-    """The commit that was measured."""
-    line = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    return subprocess.run(line, stdout=subprocess.PIPE, text=True).stdout.strip()
 
 
 def cpu() -> str:
@@ -177,44 +165,28 @@ def main() -> None:
     parser.add_argument("--baseline-every", type=int, default=8)
     parser.add_argument("--second", action="store_true", help="also time a LoRA on cached bases")
     parser.add_argument("--out", type=Path)
-    parser.add_argument(
-        "--part", choices=["ours", "auto", "second", "baseline"], help="for the script itself"
-    )
+    parser.add_argument("--part", choices=PARTS, help="for the script itself")
     words = parser.parse_args()
     torch.set_num_threads(words.threads)
-    rank = float(words.rank) if "." in words.rank else int(words.rank)
-    if words.part == "ours":
-        print(json.dumps(ours(words.folder, rank)))
-        return
-    if words.part == "auto":
-        print(json.dumps(automatic(words.folder)))
-        return
-    if words.part == "second":
-        print(json.dumps(second(words.folder, rank)))
-        return
-    if words.part == "baseline":
-        print(json.dumps(baseline(words.folder, rank, words.baseline_every)))
+    if words.part:
+        rank = float(words.rank) if "." in words.rank else int(words.rank)
+        print(json.dumps(PARTS[words.part](words.folder, rank, words.baseline_every)))
         return
     if not (words.folder / "lora.safetensors").exists():
-        import sdxl
-
         sdxl.write_all(words.folder)
-    mine, theirs = in_own_process("ours", words), in_own_process("baseline", words)
-    again = in_own_process("second", words) if words.second else None
-    default = in_own_process("auto", words)
+    wanted = [part for part in PARTS if PARTS[part] is not project_again or words.second]
+    parts = {part: in_own_process(part, words) for part in wanted}
+    mine, theirs = parts["prolora"], parts["torch"]
     result = {
         "what": "SDXL rank-32 LoRA, 560 attention modules, onto SSD-1B; generated fp16 weights",
         "baseline": "torch.linalg.svd layer by layer (float32) and dense projectors",
         "date": date.today().isoformat(),
-        "commit": commit(),
+        "commit": find_commit(),
         "command": f"python bench/sdxl_to_ssd1b.py FOLDER --rank {words.rank} --threads "
         f"{words.threads} --baseline-every {words.baseline_every}",
         "machine": {"cpu": cpu(), "threads": words.threads, "torch": torch.__version__},
         "load": os.getloadavg(),
-        "prolora": mine,
-        "prolora, second LoRA (bases cached)": again,
-        "prolora, method auto": default,
-        "torch": theirs,
+        **parts,
         "baseline / prolora": {
             "whole": theirs["seconds"] / mine["seconds"],
             "svd": theirs["stages"]["svd"] / mine["stages"]["svd"],

@@ -100,8 +100,7 @@ def transfer_whole(bench: Bench) -> None:
         else:
             import sdxl
 
-            sdxl.write_all(root)
-            paths = [root / "lora.safetensors", root / "sdxl", root / "ssd-1b"]
+            paths = sdxl.write_all(root)
         for rank, attempt in ((128, "first"), (128, "again"), (0.9, "first")):
             begun = time.perf_counter()
             report = prolora.transfer(

@@ -118,7 +118,7 @@ def test_renumbered_places_are_recovered_like_those_of_the_bk_students(source):
 def pruned_pair(drift, seed, scale=16):
     """An SDXL-shaped source, an SSD-1B-shaped student of a random choice of blocks, and the map."""
     rng = random.Random(seed)
-    ours, theirs = (sdxl.shapes(name, scale, False) for name in ("sdxl", "ssd-1b"))
+    ours, theirs = (sdxl.shapes(name, scale) for name in ("sdxl", "ssd-1b"))
     wanted = {}
     for name in theirs:
         match = BLOCK.fullmatch(name)
