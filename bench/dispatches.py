@@ -118,13 +118,7 @@ def _calls(tally: Tally) -> list[list[Any]]:
 
 def _format(known: dict[str, Any]) -> str:
     """JSON with a line for each call."""
-    text = json.dumps(known, indent=1)
-    flat = re.sub(r"\[[^\[\]{}]*\]", lambda match: " ".join(match[0].split()), text)
-    return re.sub(r"\[\s+(\"[^\[\]{}]*\[[^\[\]]*\][^\[\]{}]*?)\s+\]", _on_one_line, flat) + "\n"
-
-
-def _on_one_line(match: re.Match[str]) -> str:
-    return "[" + " ".join(match[1].split()) + "]"
+    return re.sub(r"\n {6,}\s*", "", json.dumps(known, indent=1)) + "\n"
 
 
 def main() -> None:

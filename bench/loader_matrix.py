@@ -62,8 +62,8 @@ from prolora.errors import UnsupportedFormat
 
 RESULTS = Path(__file__).parent / "results/loaders.json"
 TABLE = Path(loaders.__file__).with_suffix(".json")
-WHOLE: list[bool] = []
-"""Not empty: LoRAs have all blocks, for programs that count them."""
+WHOLE: set[str] = set()
+"""Families of which LoRAs have all blocks, since the program counts them."""
 TOLD: list[str] = []
 """Errors of programs that were printed: the same comes for every pattern that is tried."""
 SPELLINGS = (
@@ -144,7 +144,7 @@ def list_linear(id_: str, layout: str) -> dict[str, tuple[int, int]]:
         for name, shape in shapes.items()
         if is_linear(name, shape) and not name.startswith((*UNUSED, *NOT_TRIED))
     }
-    if family.unet or WHOLE:
+    if family.unet or id_ in WHOLE:
         return shapes
     chosen = {*select_blocks(list(shapes)), *(name for name in shapes if not find_block(name))}
     return {name: shape for name, shape in shapes.items() if name in chosen}
@@ -539,20 +539,19 @@ def main() -> None:
     parser.add_argument("--families", nargs="*", default=[])
     parser.add_argument("--alpha", action="store_true", help="add what alphas change")
     parser.add_argument("--files", type=Path, help="what docs/make_conformance.py wrote")
-    parser.add_argument("--whole", action="store_true", help="all blocks (diffusers counts them)")
     parser.add_argument("--json", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     raw = json.loads(arguments.json.read_text("utf-8")) if arguments.json.exists() else {}
     if arguments.program == "table":
         TABLE.write_text(format_table(make_table(raw)), "utf-8")
         return
-    WHOLE.extend([True] * arguments.whole)
     logging.disable(logging.WARNING)
     # Files in spellings that no program is known to read are what this measures.
     loaders.is_read = lambda family, spelling: True
     sys.argv = sys.argv[:1]
     program = PROGRAMS[arguments.program]
     open_program = program.open(arguments.checkout.resolve())
+    WHOLE.update(filter(program.counts_blocks, known_families()))
     version = ", ".join(filter(None, [arguments.version, describe_checkout(arguments.checkout)]))
     before = raw.get(arguments.program, {}).get("families", {}) if arguments.families else {}
     if arguments.files:

@@ -14,10 +14,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from scipy.sparse.linalg import svds
@@ -25,8 +25,11 @@ from torch import Tensor
 
 import prolora
 
-sys.path.append(str(Path(__file__).parents[1] / "tests/support"))
+sys.path += [
+    str(Path(__file__).parents[1] / folder) for folder in ("tests/support", "bench/quality")
+]
 
+from results import fill_page, format_table, save_figure
 from spectra import planted, sine
 
 SIZES = ["320x320", "640x640", "1280x1280", "1280x5120", "10240x1280", "3072x3072"]
@@ -89,13 +92,15 @@ def measure(w: Tensor, rank: int | float, clock: str, rounds: int) -> dict:
 
 def fill_table(page: str, rows: list[dict]) -> str:
     """Returns the page with the table of these rows, our time over that of gesdd."""
-    lines = ["| | " + " | ".join(COLUMNS.values()) + " |", "|---" * (1 + len(COLUMNS)) + "|"]
     ratios = {(r["size"], r["spectrum"], r["rank"]): f"{r['over gesdd']:.2f}" for r in rows}
-    for size, spectrum in dict.fromkeys(key[:2] for key in ratios):
-        cells = [ratios.get((size, spectrum, rank), "–") for rank in COLUMNS]
-        lines.append(f"| {size.replace('x', ' × ')}, {spectrum} | " + " | ".join(cells) + " |")
-    text = "<!-- svd_table -->\n\n" + "\n".join(lines) + "\n\n<!-- end -->"
-    return re.sub(r"<!-- svd_table -->.*?<!-- end -->", lambda _: text, page, flags=re.DOTALL)
+    lines = [
+        [
+            f"{size.replace('x', ' × ')}, {name}",
+            *(ratios.get((size, name, k), "–") for k in COLUMNS),
+        ]
+        for size, name in dict.fromkeys(key[:2] for key in ratios)
+    ]
+    return fill_page(page, {"svd_table": format_table(["", *COLUMNS.values()], lines)})
 
 
 def list_points(rows: list[dict]) -> list[list]:
@@ -107,15 +112,8 @@ def list_points(rows: list[dict]) -> list[list]:
     ]
 
 
-def draw_points(points: list[list], path: Path) -> None:
+def draw_points(points: list[list], axes: Any) -> None:
     """Draws the time over that of gesdd by the share of columns kept, a colour a size."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams |= {"svg.hashsalt": "svd", "svg.fonttype": "none", "font.size": 9}
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 3.2))
     for size in dict.fromkeys(point[0] for point in points):
         shares, ratios = zip(*(point[2:] for point in points if point[0] == size), strict=True)
         axes.scatter(shares, ratios, s=14, label=size.replace("x", " × "))
@@ -123,8 +121,6 @@ def draw_points(points: list[list], path: Path) -> None:
     axes.set(yscale="log", xlabel="columns kept, of all", ylabel="time over LAPACK's gesdd")
     axes.set_yticks([0.1, 0.2, 0.5, 1, 2], ["0.1", "0.2", "0.5", "1", "2"])
     axes.legend(loc="lower right", frameon=False, ncols=2)
-    notes = {"Date": None, "Description": json.dumps(points)}
-    figure.savefig(path, bbox_inches="tight", metadata=notes)
 
 
 def main() -> None:
@@ -142,7 +138,7 @@ def main() -> None:
     rows: list[dict] = json.loads(given.out.read_text())["rows"] if given.out.exists() else []
     if given.page:
         PAGE.write_text(fill_table(PAGE.read_text("utf-8"), rows), "utf-8")
-        return draw_points(list_points(rows), FIGURE)
+        return save_figure(FIGURE, list_points(rows), 3.2, draw_points)
     known = {(row["size"], row["spectrum"], row["rank"]) for row in rows}
     for size in given.sizes:
         m, n = map(int, size.split("x"))

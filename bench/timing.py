@@ -1,26 +1,6 @@
-"""How a call is timed, and the memory of a process measured."""
+"""The memory of a process."""
 
-import time
 from pathlib import Path
-
-import torch
-
-
-def seconds(job, args):
-    """Seconds of job(*args): of wall time, until a GPU has finished too.
-
-    On one thread of a CPU it is the time of the processor, which other load does not lengthen.
-    """
-    on_gpu = args[0].is_cuda
-    alone = not on_gpu and torch.get_num_threads() == 1
-    clock = time.process_time if alone else time.perf_counter
-    if on_gpu:
-        torch.cuda.synchronize()
-    start = clock()
-    job(*args)
-    if on_gpu:
-        torch.cuda.synchronize()
-    return clock() - start
 
 
 def peak_gib():

@@ -28,8 +28,7 @@ from gpu.stages import stage_of
 from gpu.steps import Bench, Step
 
 import prolora
-from prolora.core.ops import krylov_block, native, precise_product, small_svd
-from prolora.core.svd import block_basis
+from prolora.core.ops import krylov_block, native, precise_product
 
 ROOT = Path(__file__).parents[1]
 MACHINE = {"card": "a card", "date": "2026-01-01", "commit": "abc", "sources": "123"}
@@ -139,19 +138,14 @@ def compare_shape(bench):
     correct.compare_shape(bench, (320, 320), torch.float16)
 
 
-def compare_spectrum(bench):
-    correct.compare_spectrum(bench, next(iter(correct.SPECTRA)))
-
-
 WRONG = [lambda x: x * float("nan"), lambda x: x * (1 + 2e-3)]
 # A function, what is wrong with every second result, the step that notices, and its words.
 FAULTS = [
     *(("project", wrong, compare_shape, "relative difference") for wrong in WRONG),
     *(("principal_angles", wrong, compare_shape, "relative difference") for wrong in WRONG),
     *(("similarity", of_field("left", x), compare_shape, "relative difference") for x in WRONG),
-    ("truncated_svd", of_field("U", WRONG[0]), compare_spectrum, "not finite"),
-    ("truncated_svd", of_field("U", torch.zeros_like), compare_spectrum, "exceeds the bounds"),
-    *(("truncated_svd", of_field("S", x), correct.use_side_stream, "side stream") for x in WRONG),
+    ("truncated_svd", of_field("U", WRONG[0]), compare_shape, "not finite"),
+    ("truncated_svd", of_field("U", torch.zeros_like), compare_shape, "exceeds the bounds"),
     ("transfer", of_last_update, correct.compare_transfer, "transfer"),
 ]
 
@@ -163,68 +157,11 @@ def test_a_wrong_result_fails_the_check(bench, monkeypatch, what, change, step, 
         step(bench)
 
 
-@pytest.mark.parametrize("wrong", WRONG)
-def test_wrong_small_svds_fail_the_check(bench, monkeypatch, wrong):
-    svd = small_svd.small_svd
-    monkeypatch.setattr(small_svd, "small_svd", lambda a: (None, wrong(svd(a)[1]), None))
-    with pytest.raises(AssertionError, match="small_svd"):
-        correct.compare_small_svds(bench)
-
-
-def without_span(rows, size):
-    """Orthonormal rows that are orthogonal to the basis as they should, but span something else."""
-    known = rows[:, :size].double()
-    other = torch.randn(rows[:, size:].shape, generator=torch.Generator().manual_seed(3)).double()
-    for _ in range(2):
-        other = other - other @ known.mT @ known
-    rows[:, size:] = torch.linalg.qr(other.mT)[0].mT
-
-
-def spoil_blocks(monkeypatch, spoil):
-    """What krylov_block gives is changed in place: the rows, the projection and the length."""
-    find = krylov_block.krylov_block
-
-    def spoiled(w, rows, projected, size, width):
-        length = find(w, rows, projected, size, width)
-        spoil(rows, projected[:, size - width : size], length, size)
-        return length
-
-    monkeypatch.setattr(krylov_block, "krylov_block", spoiled)
-
-
-@pytest.mark.parametrize("wrong", WRONG)
-@pytest.mark.parametrize("which", ["projected", "rows", "length"])
-def test_a_wrong_block_of_a_basis_fails_the_check(bench, monkeypatch, which, wrong):
-    def spoil(rows, projected, length, size):
-        part = {"rows": rows[:, size:], "projected": projected, "length": length}[which]
-        part.copy_(wrong(part))
-
-    spoil_blocks(monkeypatch, spoil)
-    with pytest.raises(AssertionError, match="krylov_block"):
-        correct.compare_blocks(bench)
-
-
-def test_a_block_that_spans_something_else_fails_the_check(bench, monkeypatch):
-    spoil_blocks(monkeypatch, lambda rows, projected, length, size: without_span(rows, size))
-    with pytest.raises(AssertionError, match="krylov_block, image outside of the block"):
-        correct.compare_blocks(bench)
-
-
-def test_a_truncated_svd_that_the_op_spoils_fails_the_check(bench, monkeypatch):
-    """The ladder falls to another rung, whose result is right."""
-    find = block_basis.krylov_block
-    monkeypatch.setattr(block_basis, "krylov_block", lambda *given: find(*given) * float("nan"))
-    with pytest.raises((AssertionError, RuntimeError), match="krylov"):
-        correct.compare_blocks(bench)
-
-
 def test_a_krylov_block_slower_than_torch_or_not_run_fails_the_check(on_a_card, monkeypatch):
     on_a_card.step = "krylov_block"
     monkeypatch.setattr(Bench, "size", lambda self, n: max(8, n // 32))
     with pytest.raises(AssertionError, match="krylov_block runs in torch here"):
         ours.time_krylov_block(on_a_card)
-    with pytest.raises(AssertionError, match="krylov_block runs in torch here"):
-        correct.compare_blocks(on_a_card)
     monkeypatch.setattr(ours, "compare_kernel", lambda *_: 0.9)
     ours.time_krylov_block(on_a_card)
     monkeypatch.setattr(ours, "compare_kernel", lambda *_: 1.1)
@@ -327,17 +264,6 @@ def test_tools_watch_the_kernels_of_prolora_alone_and_touch_no_clock(on_a_card, 
     assert asked[asked.index("--kernel-name-base") + 1] == "demangled"
     sanitize.sanitize(on_a_card, "krylov_block", "memcheck")
     assert asked[asked.index("--report-api-errors") + 1] == "no"
-
-
-def test_products_of_digits_with_a_wrong_error_fail_the_check(bench, monkeypatch):
-    find = precise_product.measured_product
-    correct.compare_planted_rows(bench)
-    for wrong in (lambda p, e: (p * (1 + 1e-9), e), lambda p, e: (p * float("nan"), e)):
-        monkeypatch.setattr(
-            precise_product, "measured_product", lambda x, wrong=wrong: wrong(*find(x))
-        )
-        with pytest.raises(AssertionError, match="error over its bound"):
-            correct.compare_planted_rows(bench)
 
 
 def test_a_line_names_versions_and_a_commit_that_git_does_not_know(monkeypatch):

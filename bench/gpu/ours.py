@@ -156,32 +156,14 @@ def compare_kernel(
     return mine / (theirs * few)
 
 
-def time_small_svd(bench: Bench) -> None:
-    """Against torch.linalg.svd, which loops: two matrices, scaled."""
-    for b, n in ((512, 64), (256, 128), (128, 16)):
+def time_small(
+    bench: Bench, cases: list[tuple[int, int]], op: Callable[..., Any], torchs: Callable[..., Any]
+) -> None:
+    """Against torch's, which loops: two matrices, scaled."""
+    for b, n in cases:
         a = random((b if not bench.dry else 2, bench.size(n), bench.size(n)), bench.device)
-        few = a[:2].contiguous()
-        compare_kernel(
-            bench,
-            f"{b} x {n}x{n}",
-            partial(small_svd, a),
-            lambda few=few: torch.linalg.svd(few, full_matrices=False),
-            few=b / 2,
-        )
-
-
-def time_small_singular_values(bench: Bench) -> None:
-    """Against torch.linalg.svdvals, which loops: two matrices, scaled."""
-    for b, n in ((64, 128), (512, 64)):
-        a = random((b if not bench.dry else 2, bench.size(n), bench.size(n)), bench.device)
-        few = a[:2].contiguous()
-        compare_kernel(
-            bench,
-            f"{b} x {n}x{n}",
-            partial(small_singular_values, a),
-            partial(torch.linalg.svdvals, few),
-            few=b / 2,
-        )
+        both = partial(op, a), partial(torchs, a[:2].contiguous())
+        compare_kernel(bench, f"{b} x {n}x{n}", *both, few=b / 2)
 
 
 def time_panel_qr(bench: Bench) -> None:
@@ -266,8 +248,18 @@ def time_precise_product(bench: Bench) -> None:
 
 
 KERNELS = {
-    "small_svd": time_small_svd,
-    "small_singular_values": time_small_singular_values,
+    "small_svd": partial(
+        time_small,
+        cases=[(512, 64), (256, 128), (128, 16)],
+        op=small_svd,
+        torchs=partial(torch.linalg.svd, full_matrices=False),
+    ),
+    "small_singular_values": partial(
+        time_small,
+        cases=[(64, 128), (512, 64)],
+        op=small_singular_values,
+        torchs=torch.linalg.svdvals,
+    ),
     "panel_qr": time_panel_qr,
     "krylov_block": time_krylov_block,
     "subspace_overlap": time_subspace_overlap,

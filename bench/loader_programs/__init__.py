@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .common import Keys, Open, Read
+from .sdnext import LEFT_TO_DIFFUSERS
 
 __all__ = ["PROGRAMS", "Keys", "Open", "Program", "Read"]
 
@@ -22,6 +23,10 @@ class Program(NamedTuple):
         """What its code makes of a LoRA, for each family and size."""
         open_program = import_module(f"{__name__}.{self.file}").open_program
         return open_program(checkout)  # type: ignore[no-any-return]
+
+    def counts_blocks(self, family: str) -> bool:
+        """Whether it has to see all blocks of a family, as diffusers has."""
+        return self.file == "diffusers" or (self.file == "sdnext" and family in LEFT_TO_DIFFUSERS)
 
 
 PROGRAMS = {

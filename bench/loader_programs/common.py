@@ -63,6 +63,22 @@ def with_alphas(taken: set[str], tensors: Iterable[str]) -> set[str]:
     }
 
 
+def mark_pairs(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[float, str]]:
+    """Gives each pair of factors a value of its own, by which it is found again, cut or fused.
+
+    Returns the tensors, and value -> what the keys of the pair begin with.
+    """
+    paths = sorted({key.rpartition(".lora_")[0] for key in tensors if ".lora_" in key})
+    values = {path: float(number + 2) for number, path in enumerate(paths)}
+    marked = {
+        key: tensor.clone().fill_(values[key.rpartition(".lora_")[0]])
+        if ".lora_" in key
+        else tensor
+        for key, tensor in tensors.items()
+    }
+    return marked, {value: path for path, value in values.items()}
+
+
 def number_rows(rows: int) -> Tensor:
     """The first factor of a LoRA of rank 1, by which a reader's rows can be told apart."""
     return torch.arange(1.0, rows + 1)[:, None]

@@ -11,8 +11,22 @@ from torch import Tensor
 from prolora.architectures.family import Family
 from prolora.architectures.modules import matrix_shape
 
-from .common import Keys, Open, Read, enter, with_alphas
+from .common import Keys, Open, Read, enter, mark_pairs, with_alphas
 
+WAN: dict[str, object] = dict(
+    dim=5120,
+    in_dim=16,
+    ffn_dim=13824,
+    out_dim=16,
+    text_dim=4096,
+    freq_dim=256,
+    eps=1e-6,
+    patch_size=(1, 2, 2),
+    num_heads=40,
+    num_layers=40,
+    has_image_input=False,
+)
+WAN_OF_IMAGES = WAN | {"in_dim": 36, "has_image_input": True}
 DIFFSYNTH_MODELS: dict[str, tuple[str, dict[str, object], str]] = {
     "anima": ("anima_dit:AnimaDiT", {}, ""),
     "ernie-image": ("ernie_image_dit:ErnieImageDiT", {}, ""),
@@ -22,63 +36,23 @@ DIFFSYNTH_MODELS: dict[str, tuple[str, dict[str, object], str]] = {
     "ltx2": ("ltx2_dit:LTXModel", {}, ""),
     "minimax-h3": ("minimax_h3_dit:MiniMaxH3DiT", {}, "minimax_h3:MiniMaxH3LoRALoader"),
     "qwen-image": ("qwen_image_dit:QwenImageDiT", {}, ""),
-    "wan-t2v-14b": (
-        "wan_video_dit:WanModel",
-        dict(
-            dim=5120,
-            in_dim=16,
-            ffn_dim=13824,
-            out_dim=16,
-            text_dim=4096,
-            freq_dim=256,
-            eps=1e-6,
-            patch_size=(1, 2, 2),
-            num_heads=40,
-            num_layers=40,
-            has_image_input=False,
-        ),
-        "",
-    ),
-    "wan2.1-i2v-14b": (
-        "wan_video_dit:WanModel",
-        dict(
-            dim=5120,
-            in_dim=36,
-            ffn_dim=13824,
-            out_dim=16,
-            text_dim=4096,
-            freq_dim=256,
-            eps=1e-6,
-            patch_size=(1, 2, 2),
-            num_heads=40,
-            num_layers=40,
-            has_image_input=True,
-        ),
-        "",
-    ),
+    "wan-t2v-14b": ("wan_video_dit:WanModel", WAN, ""),
+    "wan2.1-i2v-14b": ("wan_video_dit:WanModel", WAN_OF_IMAGES, ""),
     "z-image": ("z_image_dit:ZImageDiT", {}, ""),
 }
 """Layout -> (model's class, its arguments, the loader of LoRAs where the family has its own)."""
 
 
+MISSING = (
+    "modelscope PIL imageio torchvision pandas sentencepiece ftfy scipy librosa torchaudio cv2 "
+    "protobuf datasets"
+).split()
+"""Packages that it imports and this does not need."""
+
+
 def open_program(checkout: Path) -> Open:
     """DiffSynth's `convert_state_dict`, and the modules of its model by these names."""
-    enter(
-        checkout,
-        "modelscope",
-        "PIL",
-        "imageio",
-        "torchvision",
-        "pandas",
-        "sentencepiece",
-        "ftfy",
-        "scipy",
-        "librosa",
-        "torchaudio",
-        "cv2",
-        "protobuf",
-        "datasets",
-    )
+    enter(checkout, *MISSING)
     general = importlib.import_module("diffsynth.utils.lora.general").GeneralLoRALoader
 
     def open_model(family: Family, layout: str) -> Read | None:
@@ -99,24 +73,13 @@ def open_program(checkout: Path) -> Open:
             loader = getattr(importlib.import_module(f"diffsynth.utils.lora.{module}"), name)
 
         def read(tensors: dict[str, Tensor], keys: Keys) -> set[str]:
-            # Each module has factors of its own value, by which they are found again.
-            paths = {key.rpartition(".lora_")[0] for key in tensors if ".lora_" in key}
-            marks = {float(i + 2): path for i, path in enumerate(sorted(paths))}
-            values = {path: mark for mark, path in marks.items()}
-            for key, tensor in tensors.items():
-                if ".lora_" in key:
-                    tensor.fill_(values[key.rpartition(".lora_")[0]])
-            state = loader().convert_state_dict(tensors)
-            rows: dict[str, dict[float, int]] = {}
+            marked, marks = mark_pairs(tensors)
+            state, paths = loader().convert_state_dict(marked), set()
             for name, shape in shapes.items():
                 up, down = (state.get(f"{name}.lora_{end}.weight") for end in "BA")
-                if up is None or down is None:
-                    continue
-                if (len(up), down[0].numel()) == shape:
-                    for mark in down.unique().tolist():
-                        rows.setdefault(name, {})[mark] = 1
-            read_paths = {marks[m] for of in rows.values() for m in of if m in marks}
-            taken = {key for key in tensors if key.rpartition(".lora_")[0] in read_paths}
+                if up is not None and down is not None and (len(up), down[0].numel()) == shape:
+                    paths |= {marks[mark] for mark in down.unique().tolist() if mark in marks}
+            taken = {key for key in tensors if key.rpartition(".lora_")[0] in paths}
             return with_alphas(taken, tensors)
 
         return read

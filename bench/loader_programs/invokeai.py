@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from prolora.architectures.family import Family
 from prolora.architectures.layouts import load_layout
 
-from .common import Keys, Open, Read, enter, name_weights
+from .common import Keys, Open, Read, enter, mark_pairs, name_weights
 from .text_encoders import build_encoder
 
 BASES = {
@@ -113,40 +113,25 @@ def open_program(checkout: Path) -> Open:
         def read(tensors: dict[str, Tensor], keys: Keys) -> set[str]:
             if base not in [*recognise(tensors)]:
                 return set()
-            return follow(tensors, lambda marked: load(base, marked), places)
+            return follow(tensors, base, places)
 
         return read
 
     def load(base: object, tensors: dict[str, Tensor]) -> dict[str, Any]:
         """Its layers of a file."""
         one = SimpleNamespace(_model_base=base, _torch_dtype=torch.float32)
-        kept: dict[str, Any] = {}
         format_ = loader.ModelFormat.LyCORIS
         config = SimpleNamespace(path="x.safetensors", format=format_, base=base)
         loader.load_file = lambda *_, **__: dict(tensors)
-        kept.update(loader.LoRALoader._load_model(one, config).layers)
-        return kept
+        return dict(loader.LoRALoader._load_model(one, config).layers)
 
     def follow(
-        tensors: dict[str, Tensor],
-        convert: Callable[[dict[str, Tensor]], dict[str, Any]],
-        places: dict[str, tuple[nn.Module, bool]],
+        tensors: dict[str, Tensor], base: object, places: dict[str, tuple[nn.Module, bool]]
     ) -> set[str]:
-        """The keys whose factors arrive at a module of their shape.
-
-        Each pair of factors has a value of its own, by which it is found again, cut or fused.
-        """
-        paths = sorted({key.rpartition(".lora_")[0] for key in tensors if ".lora_" in key})
-        marks = {float(number + 2): path for number, path in enumerate(paths)}
-        values = {path: mark for mark, path in marks.items()}
-        marked = {
-            key: tensor.clone().fill_(values[key.rpartition(".lora_")[0]])
-            if ".lora_" in key
-            else tensor
-            for key, tensor in tensors.items()
-        }
+        """The keys whose factors arrive at a module of their shape."""
+        marked, marks = mark_pairs(tensors)
         arrived: set[str] = set()
-        for key, layer in convert(marked).items():
+        for key, layer in load(base, marked).items():
             start = next((start for start in places if key.startswith(start)), None)
             if start is None:
                 continue
@@ -160,8 +145,7 @@ def open_program(checkout: Path) -> Open:
                 if len(shape) > 1 and (rows, down[0].numel()) == (shape[0], shape[1:].numel()):
                     arrived |= {marks[mark] for mark in down.unique().tolist() if mark in marks}
         ours = {key for key in tensors if key.rpartition(".lora_")[0] in arrived}
-        alphas = {f"{path}.alpha" for path in arrived} & tensors.keys()
-        return ours | alphas
+        return ours | ({f"{path}.alpha" for path in arrived} & tensors.keys())
 
     def list_factors(layer: Any) -> Iterator[tuple[Tensor, int]]:
         """(down, rows of all) of a layer, of each of its parts where it is fused."""

@@ -35,28 +35,6 @@ class Case:
     updates: Updates  # the source LoRA's updates by the target's module name
     _bases: dict[tuple[str, float], tuple[Basis, Basis]] = field(default_factory=dict)
 
-    @classmethod
-    def of(
-        cls,
-        world: World,
-        arch: str,
-        kind: str,
-        source: nn.Module,
-        target: nn.Module,
-        lora: Updates,
-    ) -> Case:
-        """Pairs modules by the map that is known from how the target was made."""
-        pairs = pair_modules(world, arch, kind, source, target)
-        return cls(
-            {t: backbone(source).get_submodule(s).weight.data for t, s in pairs.items()},
-            {t: backbone(target).get_submodule(t).weight.data for t in pairs},
-            {t: lora[s] for t, s in pairs.items()},
-        )
-
-    def with_lora(self, updates: Updates) -> Case:
-        """The same pair of bases, factorised once, with another LoRA."""
-        return Case(self.source, self.target, updates, self._bases)
-
     def bases(self, energy: float) -> Iterator[tuple[str, Basis, Basis]]:
         """Module by module the two subspaces that hold a share of the energy."""
         for name, weight in self.target.items():
@@ -69,20 +47,37 @@ class Case:
             yield (name, *self._bases[key])
 
 
-def pair_modules(
-    world: World, arch: str, kind: str, source: nn.Module, target: nn.Module
-) -> dict[str, str]:
-    """{target module: source module} of equal shape, as known from how the target was made."""
-    ours, theirs = dict(backbone(source).named_modules()), dict(backbone(target).named_modules())
-    pairs = {
-        t: world.origin(arch, kind, t)
-        for t in theirs
-        if re.fullmatch(world.adapted[arch], t) and not world.is_new(arch, kind, f"{t}.weight")
+def make_cases(
+    world: World,
+    arch: str,
+    kind: str,
+    bases: tuple[nn.Module, nn.Module],
+    loras: dict[str, Updates],
+) -> dict[str, Case]:
+    """Adapter -> its Case; the bases are factorised once for all of them.
+
+    Modules of equal shape are paired by the map that is known from how the target was made.
+    """
+    source, target = (dict(backbone(base).named_modules()) for base in bases)
+    origins = {
+        name: world.origin(arch, kind, name)
+        for name in target
+        if re.fullmatch(world.adapted[arch], name)
+        and not world.is_new(arch, kind, f"{name}.weight")
     }
+    pairs = {
+        name: origin
+        for name, origin in origins.items()
+        if origin in source and source[origin].weight.shape == target[name].weight.shape
+    }
+    weights = (
+        {name: source[origin].weight.data for name, origin in pairs.items()},
+        {name: target[name].weight.data for name in pairs},
+    )
+    factorised: dict[tuple[str, float], tuple[Basis, Basis]] = {}
     return {
-        t: s
-        for t, s in pairs.items()
-        if s in ours and ours[s].weight.shape == theirs[t].weight.shape
+        adapter: Case(*weights, {name: lora[origin] for name, origin in pairs.items()}, factorised)
+        for adapter, lora in loras.items()
     }
 
 
@@ -247,7 +242,6 @@ def scale_updates(updates: Updates, strength: float) -> Updates:
 
 STRENGTHS = (0.25, 0.4, 0.6, 0.8, 1.0, 1.25)
 
-# Label -> method; each is run at strength 1 unless RUNS says otherwise.
 METHODS: dict[str, Callable[[Case], Updates]] = {
     "copy": copy_updates,
     "norm-matched": match_norms,
@@ -255,9 +249,16 @@ METHODS: dict[str, Callable[[Case], Updates]] = {
     "casa": arbitrate,
     **{f"prolora {energy}": make_projection("prolora", energy) for energy in (0.9, 0.99)},
     **{f"{name} 0.9": make_projection(name, 0.9) for name in SPLITS},
-}
-RUNS: dict[str, tuple[float, ...]] = {"copy": STRENGTHS}
-# Results of the study; separate, so that a new rule is scored without the methods above.
-CHOSEN: dict[str, Callable[[Case], Updates]] = {
     "auto": functools.partial(run_transfer, method="auto"),
 }
+
+
+def run_all(case: Case) -> Iterator[tuple[str, Updates]]:
+    """Every row of the study: the copy at STRENGTHS, `auto` as it is, the others at strength 1."""
+    for label, method in METHODS.items():
+        updates = method(case)
+        if label == "auto":
+            yield label, updates
+            continue
+        for strength in STRENGTHS if label == "copy" else (1.0,):
+            yield f"{label} @ {strength:g}", scale_updates(updates, strength)

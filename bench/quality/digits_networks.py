@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,15 +55,16 @@ RESIZED = {
     },
     "flux": {"num_attention_heads": 3, "num_layers": 1, "num_single_layers": 4},
 }
+CONFIGS = {"pruned": PRUNED, "resized": RESIZED}
 # Which blocks of the source a pruned student keeps, as {student's prefix: source's prefix}, where
-# the two differ; and which blocks it lost, with the surviving block next to each.
+# the two differ.
 RENAMED = {
-    "unet": {
+    ("pruned", "unet"): {
         "up_blocks.0.attentions.1.transformer_blocks.0.": (
             "up_blocks.0.attentions.1.transformer_blocks.1."
         ),
     },
-    "flux": {"single_transformer_blocks.1.": "single_transformer_blocks.3."},
+    ("pruned", "flux"): {"single_transformer_blocks.1.": "single_transformer_blocks.3."},
 }
 # What a LoRA is trained on: the linear layers of attention and feed-forward.
 ADAPTED = {
@@ -91,40 +94,45 @@ class ImageTransformer(nn.Module):
         self, x: Tensor, timestep: Tensor, tokens: Tensor, return_dict: bool = False
     ) -> tuple[Tensor]:
         """(n, 1, 16, 16), times (n,) in 0..1000, (n, 4, 64) -> the velocity, as a 1-tuple."""
-        rows, columns = torch.meshgrid(torch.arange(4.0), torch.arange(4.0), indexing="ij")
-        places = torch.stack([torch.zeros(16), rows.flatten(), columns.flatten()], -1)
-        patches = F.pixel_unshuffle(x, 4).flatten(2).mT
-        out = self.transformer(
-            hidden_states=patches,
-            encoder_hidden_states=tokens,
-            pooled_projections=tokens.mean(1),
-            timestep=timestep / 1000,
-            img_ids=places,
-            txt_ids=torch.zeros(tokens.shape[1], 3),
-            return_dict=False,
-        )[0]
-        return (F.pixel_shuffle(out.mT.reshape(len(x), 16, 4, 4), 4),)
+        return (run_transformer(self.transformer, x, 4, timestep, tokens),)
 
 
-def config(arch: str, kind: str) -> dict[str, Any]:
-    """The configuration of a kind of base model."""
-    changes = {"pruned": PRUNED, "resized": RESIZED}.get(kind, {}).get(arch, {})
-    return (UNET if arch == "unet" else FLUX) | changes
+def run_transformer(
+    transformer: nn.Module, x: Tensor, fold: int, timestep: Tensor, tokens: Tensor
+) -> Tensor:
+    """What FLUX's transformer makes of images whose squares of `fold` pixels are its patches."""
+    side = x.shape[-1] // fold
+    rows, columns = torch.meshgrid(*2 * [torch.arange(float(side))], indexing="ij")
+    out = transformer(
+        hidden_states=F.pixel_unshuffle(x, fold).flatten(2).mT,
+        encoder_hidden_states=tokens,
+        pooled_projections=tokens.mean(1),
+        timestep=timestep / 1000,
+        img_ids=torch.stack([torch.zeros(side**2), rows.flatten(), columns.flatten()], -1),
+        txt_ids=torch.zeros(tokens.shape[1], 3),
+        return_dict=False,
+    )[0]
+    return F.pixel_shuffle(out.mT.unflatten(2, (side, side)), fold)
 
 
 def new_model(arch: str, kind: str) -> nn.Module:
     """A base model with fresh weights, drawn from torch's global generator."""
+    changes = CONFIGS.get(kind, {}).get(arch, {})
     if arch == "flux":
-        return ImageTransformer(config(arch, kind))
+        return ImageTransformer(FLUX | changes)
     from diffusers import UNet2DConditionModel
 
-    return UNet2DConditionModel(**config(arch, kind))
+    return UNet2DConditionModel(**(UNET | changes))
 
 
-def origin(arch: str, kind: str, name: str) -> str:
+def find_origin(
+    renamed: Mapping[tuple[str, str], Mapping[str, str]], arch: str, kind: str, name: str
+) -> str:
     """The source's name of a target's module or parameter."""
-    if kind == "pruned":
-        for new, old in RENAMED[arch].items():
-            if name.startswith(new):
-                return old + name.removeprefix(new)
+    for new, old in renamed.get((kind, arch), {}).items():
+        if name.startswith(new):
+            return old + name.removeprefix(new)
     return name
+
+
+origin = partial(find_origin, RENAMED)

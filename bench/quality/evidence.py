@@ -9,9 +9,9 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from results import (
@@ -21,9 +21,11 @@ from results import (
     Table,
     best,
     collect,
+    fill_page,
     format_cell,
     format_table,
     recovered,
+    save_figure,
 )
 from worlds import NAMES
 
@@ -168,16 +170,9 @@ def list_shares(worlds: Mapping[str, Table]) -> list[list[object]]:
     return points
 
 
-def draw_shares(points: list[list[object]], path: Path) -> None:
+def draw_shares(points: list[list[object]], axes: Any) -> None:
     """Draws the share by target with its interval, of a copy at 1 and at 0.5."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams |= {"svg.hashsalt": "shares", "svg.fonttype": "none", "font.size": 9}
-    from matplotlib import pyplot
-
     targets = list(dict.fromkeys(point[0] for point in points))
-    figure, axes = pyplot.subplots(figsize=(7, 0.24 * len(targets) + 0.8))
     for strength, colour, shift in ((1.0, "#1f6feb", 0.0), (0.5, "#bf8700", 0.3)):
         drawn = [point for point in points if point[1] == strength]
         rows = [targets.index(point[0]) + shift for point in drawn]
@@ -190,9 +185,6 @@ def draw_shares(points: list[list[object]], path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlabel("share of what training on the target gives (1: as good; below 0: harm)")
     axes.legend(loc="upper left", frameon=False)
-    notes = {"Date": None, "Description": json.dumps(points)}
-    figure.savefig(path, bbox_inches="tight", metadata=notes)
-    pyplot.close(figure)
 
 
 def samples_table(table: Table) -> str:
@@ -209,15 +201,6 @@ def samples_table(table: Table) -> str:
 
 def _see_concept(row: Row, way: str) -> float | None:
     return (row["samples"] or {}).get(way, {}).get("concept")
-
-
-def fill_page(page: str, tables: dict[str, str]) -> str:
-    """The page with each table between its marks, <!-- name --> and <!-- end -->."""
-    for name, table in tables.items():
-        marked = re.compile(rf"<!-- {re.escape(name)} -->.*?<!-- end -->", re.DOTALL)
-        text = f"<!-- {name} -->\n\n{table}\n\n<!-- end -->"
-        page = marked.sub(lambda _, text=text: text, page, count=1)
-    return page
 
 
 def main() -> None:
@@ -238,7 +221,9 @@ def main() -> None:
         "baselines": baselines_table(worlds["icons"]),
     }
     PAGE.write_text(fill_page(PAGE.read_text(), tables))
-    draw_shares(list_shares(worlds), FIGURE)
+    points = list_shares(worlds)
+    height = 0.24 * len({point[0] for point in points}) + 0.8
+    save_figure(FIGURE, points, height, draw_shares)
 
 
 if __name__ == "__main__":

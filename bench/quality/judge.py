@@ -56,22 +56,9 @@ def train_judge(world: World) -> Judge:
     return judge.eval().requires_grad_(False)
 
 
-def hits(logits: torch.Tensor, wanted: torch.Tensor) -> float:
+def hits(logits: Tensor, wanted: Tensor) -> float:
     """The share of rows whose largest logit is the wanted class."""
     return float((logits.argmax(1) == wanted).float().mean())
-
-
-def accuracy(world: World, judge: Judge) -> list[float]:
-    """Shares of held-out images whose content, style and look are recognised correctly."""
-    generator = torch.Generator().manual_seed(9)
-    hits = torch.zeros(3)
-    for _ in range(20):
-        images, *labels = batch(world, "held_out", generator)
-        logits = judge(images)[1:]
-        hits += torch.tensor(
-            [(z.argmax(1) == t).float().mean() for z, t in zip(logits, labels, strict=True)]
-        )
-    return [round(v, 3) for v in (hits / 20).tolist()]
 
 
 def mmd(x: Tensor, y: Tensor) -> float:
@@ -89,10 +76,3 @@ def mmd(x: Tensor, y: Tensor) -> float:
         return (kernel(a, a).sum() - n) / (n * (n - 1))
 
     return float(within(x) + within(y) - 2 * kernel(x, y).mean())
-
-
-def diversity(features: Tensor, labels: Tensor) -> float:
-    """Mean distance between features of images with the same label."""
-    return float(
-        torch.stack([torch.pdist(features[labels == c]).mean() for c in labels.unique()]).mean()
-    )

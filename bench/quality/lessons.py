@@ -8,26 +8,44 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from flow import BATCH, guided_velocity, noised, predict
 from torch import Tensor, nn
-from worlds import Data, World
+from worlds import Data, World, guided_velocity
+
+# isort: split
+from model import noised, predict
+from train import BATCH
 
 Loss = Callable[[torch.Generator], Tensor]
 Pairs = tuple[Tensor, Tensor, Tensor]
 
 
-class Lesson(Protocol):
+class Lesson:
     """One side of the split of what is taught."""
+
+    world: World
+    taught: tuple[Tensor, ...]  # rows of it
+
+    def error(self, model: nn.Module, generator: torch.Generator, rows: Tensor) -> Tensor:
+        """The loss on some rows."""
+        raise NotImplementedError
 
     def loss(self, model: nn.Module) -> Loss:
         """The training loss on a fresh batch, from a random generator."""
 
+        def on_batch(generator: torch.Generator) -> Tensor:
+            rows = torch.randint(len(self.taught[0]), (BATCH,), generator=generator)
+            return self.error(model, generator, rows)
+
+        return on_batch
+
+    @torch.no_grad()
     def held_out(self, model: nn.Module) -> float:
         """The loss on the same rows, times and noises for every model."""
+        rows = torch.arange(min(self.world.judged_rows, len(self.taught[0])))
+        return self.error(model, torch.Generator().manual_seed(123), rows).item()
 
 
 def flow_loss(world: World, model: nn.Module, data: Data, teacher: nn.Module | None = None) -> Loss:
@@ -54,55 +72,38 @@ def flow_loss(world: World, model: nn.Module, data: Data, teacher: nn.Module | N
 
 
 @dataclass
-class Images:
+class Images(Lesson):
     """Images and their prompts; beside them the usual ones, so that these survive."""
 
     world: World  # of the images
-    data: Data  # what is learnt
+    taught: Data  # what is learnt
     kept: Data | None = None  # prior preservation, or None
 
     def loss(self, model: nn.Module) -> Loss:
         """See Lesson."""
-        learnt = flow_loss(self.world, model, self.data)
+        learnt = flow_loss(self.world, model, self.taught)
         if self.kept is None:
             return learnt
         kept = flow_loss(self.world, model, self.kept)
         return lambda generator: learnt(generator) + 0.3 * kept(generator)
 
-    @torch.no_grad()
-    def held_out(self, model: nn.Module) -> float:
-        """See Lesson."""
-        generator = torch.Generator().manual_seed(123)
-        x, y = (part[: self.world.judged_rows] for part in self.data)
+    def error(self, model: nn.Module, generator: torch.Generator, rows: Tensor) -> Tensor:
+        """Squared error of the velocity of noised images."""
+        x, y = (part[rows] for part in self.taught)
         xt, t, velocity = noised(x, generator)
-        return F.mse_loss(predict(model, xt, t, self.world.tokens(model, y)), velocity).item()
+        return F.mse_loss(predict(model, xt, t, self.world.tokens(model, y)), velocity)
 
 
 @dataclass
-class Lines:
+class Lines(Lesson):
     """Straight lines between noise and what a teacher samples from it (reflow)."""
 
     world: World  # of the images
-    pairs: Pairs  # noise, images and prompts
+    taught: Pairs  # noise, images and prompts
 
-    def loss(self, model: nn.Module) -> Loss:
-        """See Lesson."""
-
-        def along_lines(generator: torch.Generator) -> Tensor:
-            rows = torch.randint(len(self.pairs[0]), (BATCH,), generator=generator)
-            return self._error(model, generator, rows)
-
-        return along_lines
-
-    @torch.no_grad()
-    def held_out(self, model: nn.Module) -> float:
-        """See Lesson."""
-        generator = torch.Generator().manual_seed(123)
-        return self._error(model, generator, torch.arange(len(self.pairs[0]))).item()
-
-    def _error(self, model: nn.Module, generator: torch.Generator, rows: Tensor) -> Tensor:
+    def error(self, model: nn.Module, generator: torch.Generator, rows: Tensor) -> Tensor:
         """Squared error of the velocity along the lines of those rows."""
-        noise, image, y = (part[rows] for part in self.pairs)
+        noise, image, y = (part[rows] for part in self.taught)
         t = torch.rand(len(rows), generator=generator)
         s = t[:, None, None, None]
         tokens = self.world.tokens(model, y)
@@ -111,31 +112,16 @@ class Lines:
 
 
 @dataclass
-class Guided:
+class Guided(Lesson):
     """A teacher's velocity with guidance, which the student gives at once."""
 
     world: World  # of the images
-    data: Data  # images, from which noised ones are made, and their prompts
+    taught: Data  # images, from which noised ones are made, and their prompts
     teacher: nn.Module  # the model that is run with guidance
 
-    def loss(self, model: nn.Module) -> Loss:
-        """See Lesson."""
-
-        def beside_teacher(generator: torch.Generator) -> Tensor:
-            rows = torch.randint(len(self.data[0]), (BATCH,), generator=generator)
-            return self._error(model, generator, rows)
-
-        return beside_teacher
-
-    @torch.no_grad()
-    def held_out(self, model: nn.Module) -> float:
-        """See Lesson."""
-        rows = torch.arange(min(self.world.judged_rows, len(self.data[0])))
-        return self._error(model, torch.Generator().manual_seed(123), rows).item()
-
-    def _error(self, model: nn.Module, generator: torch.Generator, rows: Tensor) -> Tensor:
+    def error(self, model: nn.Module, generator: torch.Generator, rows: Tensor) -> Tensor:
         """Squared distance from the teacher's guided velocity."""
-        x, y = (part[rows] for part in self.data)
+        x, y = (part[rows] for part in self.taught)
         xt, t, _ = noised(x, generator)
         with torch.no_grad():
             tokens = self.world.tokens(self.teacher, y)

@@ -16,9 +16,7 @@ what a gate could know. Rows that FILE has are not made again.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import sys
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -27,13 +25,14 @@ from typing import Any
 
 import torch
 from contenders import Updates, scale_updates
-from fitted_icons import Yard, choose_world, measure
-from flow import noised, predict
-from pictures import fit_to_target, yard_share
-from results import git
+from results import RowsFile
 from scoring import SAMPLE_STEPS, apply_updates
 from torch import Tensor, nn
 from worlds import World, backbone
+from yards import Yard, choose_world, open_yard
+
+# isort: split
+from model import noised, predict
 
 from prolora import LowRank
 
@@ -44,8 +43,9 @@ Moments = dict[str, list[Tensor]]
 """Module -> x_s x_t', x_t x_t', x_s x_s', and the same of the slopes."""
 
 
-def draw_questions(world: World, yard: Yard, seed: int, count: int, rounds: int) -> Iterator[tuple]:
+def draw_questions(yard: Yard, seed: int, count: int, rounds: int) -> Iterator[tuple]:
     """Yields noised images, times and prompts, of both origins in turn."""
+    world = yard.world
     y = world.draw_prompts(count, torch.Generator().manual_seed(seed), yard.adapter == "concept")
     own = world.sample(yard.target, y, SAMPLE_STEPS, world.guidance, seed)
     with apply_updates(yard.source, yard.lora):
@@ -78,11 +78,11 @@ def observe(world: World, model: nn.Module, names: list[str], question: tuple) -
     return reads, slopes
 
 
-def gather(world: World, yard: Yard, names: list[str], seed: int) -> Moments:
+def gather(yard: Yard, names: list[str], seed: int) -> Moments:
     """Sums moments over questions."""
     moments: Moments = {}
-    for question in draw_questions(world, yard, seed, SAMPLES, ROUNDS):
-        sides = (observe(world, side, names, question) for side in (yard.source, yard.target))
+    for question in draw_questions(yard, seed, SAMPLES, ROUNDS):
+        sides = (observe(yard.world, side, names, question) for side in (yard.source, yard.target))
         for name, (s, t) in ((n, p) for n, p in pair_rows(names, *sides) if p):
             new = [s.mT @ t, t.mT @ t, s.mT @ s]
             moments[name] = (
@@ -138,18 +138,38 @@ def move(lora: Updates, moments: Moments, way: Callable[..., Tensor]) -> Updates
 
 
 @torch.no_grad()
-def promise(world: World, yard: Yard, updates: Updates, seed: int) -> float:
+def promise(yard: Yard, updates: Updates, seed: int) -> float:
     """1 − Σ‖change − wanted‖²/Σ‖wanted‖², wanted being the source's change on unseen samples."""
     missed = total = 0.0
-    for xt, t, y, _ in draw_questions(world, yard, seed, UNSEEN, 2):
+    for xt, t, y, _ in draw_questions(yard, seed, UNSEEN, 2):
         changes = []
         for side, its in ((yard.source, yard.lora), (yard.target, updates)):
-            plain = predict(side, xt, t, world.tokens(side, y))
+            tokens = yard.world.tokens(side, y)
+            plain = predict(side, xt, t, tokens)
             with apply_updates(side, its):
-                changes.append(predict(side, xt, t, world.tokens(side, y)) - plain)
+                changes.append(predict(side, xt, t, tokens) - plain)
         missed += float((changes[1] - changes[0]).square().sum())
         total += float(changes[0].square().sum())
     return round(1 - missed / total, 4)
+
+
+def make_row(yard: Yard, seed: int, fits: bool) -> dict[str, Any]:
+    """Shares and promises of the copy, of every map and, where asked for, of the fit."""
+    before = time.process_time()
+    known = dict(backbone(yard.target).named_modules())
+    names = [name for name in yard.lora if name in known]
+    moments = gather(yard, names, 100 + seed)
+    seconds = round(time.process_time() - before, 1)
+    same = {name: yard.lora[name] for name in names}
+    ways = {"copy": same, "copy 0.6": scale_updates(same, 0.6)}
+    ways |= {name: move(same, moments, way) for name, way in MAPS.items()}
+    if fits:
+        ways["fit"] = yard.fit(yard.lora, seed=6 * seed).scaled
+    row = {
+        name: {"share": yard.share(updates), "promise": promise(yard, updates, 200 + seed)}
+        for name, updates in ways.items()
+    }
+    return row | {"cpu of the maps": seconds}
 
 
 def main() -> None:
@@ -162,37 +182,12 @@ def main() -> None:
     parser.add_argument("--fits", action="store_true", help="the fit as well")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    world = choose_world()
-    table = json.loads(given.out.read_text()) if given.out.exists() else {"rows": {}}
-    table["made"] = {
-        "command": " ".join(["python", *sys.argv]),
-        "commit": git("rev-parse", "--short", "HEAD"),
-        "date": str(datetime.datetime.now().date()),
-        "torch": torch.__version__,
-    }
-    for seed in given.seeds:
-        for adapter in given.adapters:
-            key = f"icons, {given.kind}, {adapter}, seed {seed}"
-            if key in table["rows"]:
-                continue
-            kept = given.work / "icons" / f"{given.kind}-{adapter}.safetensors"
-            yard, before = measure(given.kind, adapter, kept), time.process_time()
-            known = dict(backbone(yard.target).named_modules())
-            names = [name for name in yard.lora if name in known]
-            moments = gather(world, yard, names, 100 + seed)
-            seconds = round(time.process_time() - before, 1)
-            same = {name: yard.lora[name] for name in names}
-            ways = {"copy": same, "copy 0.6": scale_updates(same, 0.6)}
-            ways |= {name: move(same, moments, way) for name, way in MAPS.items()}
-            if given.fits:
-                ways["fit"] = fit_to_target(world, yard, seed)
-            row = {
-                name: {"share": yard_share(yard, u), "promise": promise(world, yard, u, 200 + seed)}
-                for name, u in ways.items()
-            }
-            table["rows"][key] = row | {"cpu of the maps": seconds}
-            print(key, table["rows"][key], flush=True)
-            given.out.write_text(json.dumps(table, indent=1) + "\n")
+    table = RowsFile(given.out)
+    for seed, adapter in itertools.product(given.seeds, given.adapters):
+        key = f"icons, {given.kind}, {adapter}, seed {seed}"
+        if key not in table.rows:
+            yard = open_yard(choose_world("icons"), given.work / "icons", given.kind, adapter)
+            table.add(key, make_row(yard, seed, given.fits))
 
 
 if __name__ == "__main__":

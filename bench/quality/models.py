@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +32,16 @@ def save_lora(updates: Updates, path: Path) -> None:
     """Stores an adapter as `load_lora` reads it."""
     parts = {f"{name}.up": update.up for name, update in updates.items()}
     parts |= {f"{name}.down": update.down for name, update in updates.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: part.contiguous() for name, part in parts.items()}, path)
+
+
+def merge_loras(network: nn.Module, paths: Iterable[Path], strength: float) -> None:
+    """Adds stored adapters to the weights."""
+    for path in paths:
+        for name, update in load_lora(path).items():
+            weight = network.get_submodule(name).weight.data
+            weight += strength * update.dense().reshape(weight.shape)
 
 
 @dataclass(frozen=True)
@@ -101,10 +111,7 @@ class Folder:
     def _merge(self, kind: str, seed: int, source: nn.Module) -> nn.Module:
         """The source with LoRAs in its weights."""
         names, weight = self.world.merged[kind]
-        inner = backbone(source)
-        for adapter in names:
-            for name, update in load_lora(self.lora_path("source", seed, adapter)).items():
-                inner.get_submodule(name).weight.data += weight * update.dense()
+        merge_loras(backbone(source), [self.lora_path("source", seed, a) for a in names], weight)
         return source
 
     def _blend(self, kind: str, seed: int) -> nn.Module:

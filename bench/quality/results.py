@@ -6,8 +6,11 @@ the repository keeps.
 
 from __future__ import annotations
 
+import datetime
 import json
+import re
 import subprocess
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,17 +39,11 @@ def collect(work: Path, kept: dict[str, Any]) -> dict[str, Any]:
         kind, seed = path.name.removesuffix("-losses.json").rsplit("-", 1)
         parts = {
             part: _read(path.with_name(f"{kind}-{seed}-{part}.json"))
-            for part in ("losses", "chosen", "samples", "relation")
+            for part in ("losses", "samples")
         }
         for adapter, losses in parts["losses"].items():
-            chosen = parts["chosen"].get(adapter, {})
             row = {"arch": path.parent.name, "kind": kind, "seed": int(seed), "adapter": adapter}
-            row |= {"none": losses["none"], "oracle": losses["oracle"]}
-            row["losses"] = losses["losses"] | chosen.get("losses", {})
-            row["verdict"] = chosen.get("verdict")
-            row["relation"] = parts["relation"].get("means")
-            row["samples"] = parts["samples"].get(adapter)
-            rows.append(round_numbers(row))
+            rows.append(round_numbers(row | losses | {"samples": parts["samples"].get(adapter)}))
     rows = list({tuple(row[key] for key in KEYS): row for row in rows}.values())
     made = {
         "script": "bench/quality/study.py",
@@ -67,6 +64,29 @@ def _read(path: Path) -> dict[str, Any]:
 def git(*words: str) -> str:
     """What git prints."""
     return subprocess.run(["git", *words], capture_output=True, text=True).stdout.strip()
+
+
+class RowsFile:
+    """Rows by key in a JSON file, which is written after each; what it has is not made again."""
+
+    def __init__(self, path: Path, made: str = "") -> None:
+        self.path = path
+        table = json.loads(path.read_text()) if path.exists() else {}
+        self.table = {"made": {}, "rows": {}} | table
+        self.rows: dict[str, Any] = self.table["rows"]
+        facts = {
+            "command": " ".join(["python", *sys.argv]),
+            "commit": git("rev-parse", "--short", "HEAD"),
+            "date": str(datetime.date.today()),
+            "torch": torch.__version__,
+        }
+        self.table["made"] |= {made: facts} if made else facts
+
+    def add(self, key: str, row: Any) -> None:
+        """Prints and writes a row."""
+        self.rows[key] = row
+        print(key, row, flush=True)
+        self.path.write_text(json.dumps(self.table, indent=1) + "\n")
 
 
 def round_numbers(value: Any) -> Any:
@@ -155,13 +175,29 @@ def format_table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """One target of a slice."""
+def fill_page(page: str, tables: Mapping[str, str]) -> str:
+    """The page with each table between its marks, <!-- name --> and <!-- end -->."""
+    for name, table in tables.items():
+        marked = re.compile(rf"<!-- {re.escape(name)} -->.*?<!-- end -->", re.DOTALL)
+        text = f"<!-- {name} -->\n\n{table}\n\n<!-- end -->"
+        page = marked.sub(lambda _, text=text: text, page, count=1)
+    return page
 
-    title: str  # the target, and what was decided about it
-    shares: Mapping[str, float]  # method -> share of the gap that it recovers
-    faults: list[str]  # what differs from the study, a sentence each
+
+def save_figure(
+    path: Path, points: list[list[Any]], height: float, draw: Callable[[list[list[Any]], Any], None]
+) -> None:
+    """Writes points as an SVG that contains their numbers."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams |= {"svg.hashsalt": path.stem, "svg.fonttype": "none", "font.size": 9}
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, height))
+    draw(points, axes)
+    notes = {"Date": None, "Description": json.dumps(points)}
+    figure.savefig(path, bbox_inches="tight", metadata=notes)
 
 
 def misplaced(

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from contenders import CHOSEN, METHODS, RUNS, Case, Updates, judge_bases, scale_updates
-from judge import Judge, diversity, mmd
+from contenders import Case, Updates, judge_bases, run_all
+from judge import Judge, mmd
 from lessons import Lesson, teacher_pairs
 from torch import Tensor, nn
 from worlds import World, backbone
@@ -24,29 +24,12 @@ def apply_updates(model: nn.Module, updates: Updates) -> Iterator[nn.Module]:
     kept = {name: inner.get_submodule(name).weight.data.clone() for name in updates}
     try:
         for name, update in updates.items():
-            inner.get_submodule(name).weight.data += update.dense()
+            weight = inner.get_submodule(name).weight.data
+            weight += update.dense().reshape(weight.shape)
         yield model
     finally:
         for name, weight in kept.items():
             inner.get_submodule(name).weight.data.copy_(weight)
-
-
-def cases(
-    world: World,
-    arch: str,
-    kind: str,
-    source: nn.Module,
-    target: nn.Module,
-    loras: dict[str, Updates],
-) -> dict[str, Case]:
-    """Adapter -> its Case; the bases are factorised once for all of them."""
-    first: Case | None = None
-    cases_by_adapter = {}
-    for adapter, lora in loras.items():
-        case = Case.of(world, arch, kind, source, target, lora)
-        first = first or case
-        cases_by_adapter[adapter] = first.with_lora(case.updates)
-    return cases_by_adapter
 
 
 @dataclass(frozen=True)
@@ -58,51 +41,29 @@ class Yardstick:
 
 
 def loss_rows(
-    target: nn.Module,
-    cases_by_adapter: dict[str, Case],
-    look: Yardstick,
+    target: nn.Module, cases_by_adapter: dict[str, Case], stick: Yardstick
 ) -> dict[str, Any]:
-    """Adapter -> {"none", "oracle", "losses": {"method @ strength": loss}}."""
+    """Adapter -> {"none", "oracle", "losses": {method: loss}, "verdict"}.
+
+    Between bases without modules of equal shape nothing is moved, and there is no verdict.
+    """
     table = {}
     for adapter, case in cases_by_adapter.items():
-        known = {"none": {}, "oracle": look.oracles[adapter]}
-        row: dict[str, Any] = {n: held_out(target, look, adapter, u) for n, u in known.items()}
-        losses = row["losses"] = {}
-        for label, method in METHODS.items():
-            if not case.updates:
-                continue
-            updates = method(case)
-            for strength in RUNS.get(label, (1.0,)):
-                scaled = scale_updates(updates, strength)
-                losses[f"{label} @ {strength:g}"] = held_out(target, look, adapter, scaled)
+        ends = {"none": {}, "oracle": stick.oracles[adapter]}
+        moved = run_all(case) if case.updates else ()
+        judged = stick.lessons[adapter]
+        row: dict[str, Any] = {n: held_out_loss(target, judged, u) for n, u in ends.items()}
+        row["losses"] = {label: held_out_loss(target, judged, u) for label, u in moved}
+        verdict = judge_bases(case) if case.updates else None
+        row["verdict"] = verdict and asdict(verdict) | {"related": verdict.related}
         table[adapter] = row
     return table
-
-
-def held_out(target: nn.Module, stick: Yardstick, adapter: str, updates: Updates) -> float:
-    """The held-out loss of the target with updates."""
-    return held_out_loss(target, stick.lessons[adapter], updates)
 
 
 def held_out_loss(target: nn.Module, lesson: Lesson, updates: Updates) -> float:
     """The loss of the target with updates on what a lesson holds out."""
     with apply_updates(target, updates):
         return lesson.held_out(target)
-
-
-def chosen_rows(
-    target: nn.Module, cases_by_adapter: dict[str, Case], look: Yardstick
-) -> dict[str, dict[str, Any]]:
-    """Adapter -> {"losses": {method: loss}, "verdict": …} of what the study led to."""
-    table = {}
-    for adapter, case in cases_by_adapter.items():
-        losses = {
-            label: held_out(target, look, adapter, method(case)) for label, method in CHOSEN.items()
-        }
-        verdict = judge_bases(case)
-        facts = asdict(verdict) | {"related": verdict.related}
-        table[adapter] = {"losses": losses, "verdict": facts}
-    return table
 
 
 def sample_images(
@@ -126,7 +87,7 @@ def sample_scores(
     updates: dict[str, Updates],
     oracle: Updates,
 ) -> dict[str, Any]:
-    """Label -> {"mmd", "concept", "digit", "diversity"} of samples with those updates.
+    """Label -> {"mmd", "concept", "digit"} of samples with those updates.
 
     The reference of the distance is what the oracle draws from other noise; for the few-step
     adapter, what the plain target draws in many steps. "digit" is the share of samples in which
@@ -149,6 +110,5 @@ def sample_scores(
             "mmd": mmd(features, wanted),
             "concept": float((predicted == world.concept_class).float().mean()),
             "digit": float((predicted == asked).float().mean()),
-            "diversity": diversity(features, asked),
         }
     return scores

@@ -8,29 +8,17 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from contenders import CHOSEN, METHODS, pair_modules
+from contenders import METHODS, Case, make_cases
 from jobs import Job, run_jobs
-from judge import Judge, accuracy, train_judge
+from judge import Judge, train_judge
 from models import BASE_SEED, Folder, load_lora
 from safetensors.torch import load_file, save_file
-from scoring import (
-    SAMPLED,
-    Yardstick,
-    cases,
-    chosen_rows,
-    loss_rows,
-    sample_scores,
-)
+from scoring import SAMPLED, Yardstick, loss_rows, sample_scores
 from torch import nn
-from worlds import NAMES, World, backbone, load_world
-
-from prolora.bases import open_base
-from prolora.comparison.drift import measure_affinities
-from prolora.core.verdict import judge_pairs
+from worlds import NAMES, World, load_world
 
 SEEDS = (0, 1, 2)
 ARCHS = ("unet", "flux")
@@ -94,15 +82,13 @@ def training_jobs(world: World, root: Path) -> list[Job]:
     return list(jobs.values())
 
 
-def make_judge(world: World, out: Path) -> None:
-    judge = train_judge(world)
-    print("the judge is right about content, style, look:", accuracy(world, judge), flush=True)
-    save_file(judge.state_dict(), out)
-
-
 def judge_job(world: World, root: Path) -> Job:
     """The classifier that scores samples."""
-    return Job(root / "judge.safetensors", (), functools.partial(make_judge, world))
+
+    def make_judge(out: Path) -> None:
+        save_file(train_judge(world).state_dict(), out)
+
+    return Job(root / "judge.safetensors", (), make_judge)
 
 
 def load_judge(world: World, root: Path) -> Judge:
@@ -111,69 +97,32 @@ def load_judge(world: World, root: Path) -> Judge:
     return judge.eval().requires_grad_(False)
 
 
-def loaded(folder: Folder, kind: str, seed: int) -> tuple[nn.Module, dict, dict]:
-    """A target, its Case for every adapter, and its oracles."""
-    world = folder.world
+def open_target(
+    folder: Folder, kind: str, seed: int
+) -> tuple[nn.Module, dict[str, Case], Yardstick]:
+    """A target, its Case for every adapter, and what the adapters mean in the target's look."""
+    world, adapters = folder.world, folder.world.adapters_for(kind)
     source, target = folder.load_source(kind, seed), folder.load_model(kind, seed)
-    known = world.adapters_for(kind)
-    loras = {a: load_lora(folder.source_lora_path(kind, seed, a)) for a in known}
-    oracles = {a: load_lora(folder.lora_path(kind, seed, a)) for a in known}
-    return target, cases(world, folder.arch, kind, source, target, loras), oracles
-
-
-def yardstick(folder: Folder, kind: str, seed: int) -> Yardstick:
-    """What the adapters mean in the target's look."""
-    adapters = folder.world.adapters_for(kind)
-    lessons = {a: folder.lesson(kind, seed, a, "held_out") for a in adapters}
-    return Yardstick(lessons, {a: load_lora(folder.lora_path(kind, seed, a)) for a in adapters})
+    loras = {a: load_lora(folder.source_lora_path(kind, seed, a)) for a in adapters}
+    oracles = {a: load_lora(folder.lora_path(kind, seed, a)) for a in adapters}
+    stick = Yardstick({a: folder.lesson(kind, seed, a, "held_out") for a in adapters}, oracles)
+    return target, make_cases(world, folder.arch, kind, (source, target), loras), stick
 
 
 def score_losses(folder: Folder, kind: str, seed: int, out: Path) -> None:
-    target, cases_by_adapter, _ = loaded(folder, kind, seed)
-    rows = loss_rows(target, cases_by_adapter, yardstick(folder, kind, seed))
-    out.write_text(json.dumps(rows, indent=1))
-
-
-def score_chosen(folder: Folder, kind: str, seed: int, out: Path) -> None:
-    target, cases_by_adapter, _ = loaded(folder, kind, seed)
-    cases_by_adapter = {adapter: case for adapter, case in cases_by_adapter.items() if case.updates}
-    rows = chosen_rows(target, cases_by_adapter, yardstick(folder, kind, seed))
-    out.write_text(json.dumps(rows, indent=1))
+    out.write_text(json.dumps(loss_rows(*open_target(folder, kind, seed)), indent=1))
 
 
 def score_samples(folder: Folder, kind: str, seed: int, out: Path) -> None:
-    target, cases_by_adapter, oracles = loaded(folder, kind, seed)
+    target, cases, stick = open_target(folder, kind, seed)
     judge = load_judge(folder.world, folder.root)
     table = {}
-    for adapter, case in cases_by_adapter.items():
-        known = METHODS | CHOSEN
-        moved = {label: known[label](case) for label in SAMPLED} if case.updates else {}
+    for adapter, case in cases.items():
+        moved = {label: METHODS[label](case) for label in SAMPLED} if case.updates else {}
         table[adapter] = sample_scores(
-            folder.world, judge, kind, target, adapter, moved, oracles[adapter]
+            folder.world, judge, kind, target, adapter, moved, stick.oracles[adapter]
         )
     out.write_text(json.dumps(table, indent=1))
-
-
-def score_relation(folder: Folder, kind: str, seed: int, out: Path) -> None:
-    """How alike the two bases are; or why it cannot say."""
-    source, target = folder.load_source(kind, seed), folder.load_model(kind, seed)
-    pairs = pair_modules(folder.world, folder.arch, kind, source, target)
-    if pairs:
-        ours, theirs = (open_base(backbone(model)) for model in (source, target))
-        places = [(origin, module) for module, origin in pairs.items()]
-        found = judge_pairs(measure_affinities(ours, theirs, places))
-        comparison = {"means": asdict(found)}
-    else:
-        comparison = {"refused": "no module of equal shape"}
-    out.write_text(json.dumps(comparison, indent=1))
-
-
-def scores_of(world: World, kind: str, seed: int) -> dict:
-    """Name of a score's file -> what makes it, for a target."""
-    scores = {"losses": score_losses, "relation": score_relation, "chosen": score_chosen}
-    if kind in world.kinds and seed in world.sampled_seeds:
-        scores["samples"] = score_samples
-    return scores
 
 
 def scoring_jobs(world: World, root: Path) -> list[Job]:
@@ -184,11 +133,13 @@ def scoring_jobs(world: World, root: Path) -> list[Job]:
         needs = [folder.model_path(world.source_of(kind), seed), folder.model_path(kind, seed)]
         for adapter in world.adapters_for(kind):
             needs.append(folder.source_lora_path(kind, seed, adapter))
-            needs += [folder.lora_path(kind, seed, adapter) for want in folder.wants(kind)]
-        for name, score in scores_of(world, kind, seed).items():
+            needs.append(folder.lora_path(kind, seed, adapter))
+        scores = {"losses": (score_losses, needs)}
+        if kind in world.kinds and seed in world.sampled_seeds:
+            scores["samples"] = score_samples, [judge, *needs]
+        for name, (score, after) in scores.items():
             out = root / arch / f"{kind}-{seed}-{name}.json"
-            run = functools.partial(score, folder, kind, seed)
-            jobs.append(Job(out, (judge, *needs) if name == "samples" else tuple(needs), run))
+            jobs.append(Job(out, tuple(after), functools.partial(score, folder, kind, seed)))
     return jobs
 
 

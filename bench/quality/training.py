@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import itertools
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
-from flow import fit
 from lessons import Guided, Lesson, Lines, flow_loss, teacher_pairs
-from torch import nn
+from torch import Tensor, nn
 from worlds import World, backbone
+
+# isort: split
+from train import fit
 
 from prolora import LowRank
 
@@ -96,14 +99,46 @@ def insert_lora(
     return model, inner
 
 
+def train_factors(
+    base: nn.Module,
+    modules: str | list[str],
+    rank: int,
+    seed: int,
+    losses: Callable[[nn.Module], Iterator[Tensor]],
+    how: tuple[float, int],
+) -> dict[str, LowRank]:
+    """A LoRA of PEFT on any network.
+
+    `losses` gives a model's loss on each batch; `how` is rate and steps.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(3000 + seed)
+    config = LoraConfig(target_modules=modules, r=rank, lora_alpha=rank)
+    model = get_peft_model(copy.deepcopy(base), config)
+    descend([p for p in model.parameters() if p.requires_grad], losses(model), *how)
+    return read_factors(model)
+
+
+def descend(parameters: list[Tensor], losses: Iterator[Tensor], rate: float, steps: int) -> None:
+    """AdamW in one cycle; each loss is asked for when the step before it is done."""
+    optimizer = torch.optim.AdamW(parameters, rate, weight_decay=0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
+    for loss in itertools.islice(losses, steps):
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+
+
 def read_factors(inner: nn.Module) -> dict[str, LowRank]:
-    """{module: update} of the LoRA in a backbone."""
+    """{module: update} of the LoRA in a model, convolutions as out × in·kh·kw."""
     from peft import get_peft_model_state_dict
 
-    factors = get_peft_model_state_dict(inner)
+    factors = {name: x.detach().clone() for name, x in get_peft_model_state_dict(inner).items()}
     return {
-        key.removesuffix(".lora_A.weight"): LowRank(
-            factors[key.replace("lora_A", "lora_B")].detach().clone(), down.detach().clone()
+        key.removeprefix("base_model.model.").removesuffix(".lora_A.weight"): LowRank(
+            factors[key.replace("lora_A", "lora_B")].flatten(1), down.flatten(1)
         )
         for key, down in factors.items()
         if key.endswith(".lora_A.weight")

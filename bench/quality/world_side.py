@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
+from contenders import Updates
 from torch import Tensor, nn
 from worlds import World
 
 from prolora import LowRank
 from prolora import fitting as probe
+from prolora.fitting.gate import COPY
 from prolora.fitting.pipelines.schedules import NoiseSchedule, Times
 
 
@@ -51,7 +54,19 @@ def fit_lora(
     adapter: str,
     settings: probe.FitSettings,
 ) -> probe.Fitted:
-    """Fits updates of the first model's modules, named as there, to the second."""
+    """Fits updates of the first transformer's modules, named as in diffusers, to the second."""
+    prefix = world.prefix["flux"]
+    named = {f"{prefix}{name}": update for name, update in updates.items()}
     sides = (WorldSide(world, model, adapter, settings.steps) for model in models)
-    asking = probe.Asking(*sides, updates, look=settings.look_of_source)
-    return probe.fit_sides(asking, settings)
+    asking = probe.Asking(*sides, named, look=settings.look_of_source)
+    fitted = probe.fit_sides(asking, settings)
+    own = {name.removeprefix(prefix): update for name, update in fitted.updates.items()}
+    return replace(fitted, updates=own)
+
+
+def choose_written(fitted: probe.Fitted, lora: Updates) -> tuple[Updates, float]:
+    """What a fit writes, at strength 1, and its strength; the copy where the gate says so."""
+    gate = fitted.report.gate
+    if gate.decision == COPY:
+        return lora, gate.copy_strength
+    return fitted.updates, gate.strength

@@ -1,17 +1,24 @@
 """The worlds that the study can be run in: what is drawn, by which networks, moved to what.
 
-Jobs, methods and scores are the same for every world.
+Jobs, methods and scores are the same for every world, and so is rectified flow, whose noising and
+training loop are the mini family's.
 """
 
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
-import flow
 import torch
 from torch import Tensor, nn
+
+sys.path.append(str(Path(__file__).parents[2] / "examples/mini_family"))
+
+# isort: split
+from model import predict
 
 Data = tuple[Tensor, Tensor]
 NAMES = ("digits", "icons")
@@ -51,8 +58,6 @@ class World:
     # (architecture, kind, name) -> whether a parameter is in a block that only the target has, and
     # whether it starts with zeros
     is_new: Callable[[str, str, str], bool] = lambda *_: False
-    # (architecture, kind, name) -> whether a parameter is in a block that only the target has, and
-    # whether it starts with zeros
     is_silent: Callable[[str, str, str], bool] = lambda *_: False
     # kind -> (kind of the source, kind of the target) where they are not ("source", kind)
     pairs_of: Mapping[str, tuple[str, str]] = field(default_factory=dict)
@@ -92,15 +97,32 @@ class World:
         """The guidance that a kind of base is sampled with; 1 is none."""
         return 1.0 if kind in self.distilled else self.guidance
 
+    def with_budgets(self, **budgets: tuple[int, float]) -> World:
+        """The same world, where some kinds are trained for other numbers of steps."""
+        return replace(self, budgets=self.budgets | budgets)
+
+    @torch.no_grad()
     def sample(self, model: nn.Module, y: Tensor, steps: int, guidance: float, seed: int) -> Tensor:
-        """Images (n, *shape) for prompts (n,)."""
-        with torch.no_grad():
-            tokens, null = self.tokens(model, y), self.tokens(model, self.null_like(y))
-        return flow.sample(model, tokens, null, self.shape, steps, guidance, seed)
+        """Images (n, *shape) in [-1, 1] for prompts (n,): Euler steps from noise (t = 1)."""
+        tokens, null = self.tokens(model, y), self.tokens(model, self.null_like(y))
+        x = torch.randn(len(y), *self.shape, generator=torch.Generator().manual_seed(seed))
+        for i in range(steps):
+            t = torch.full((len(y),), 1 - i / steps)
+            x = x - guided_velocity(model, x, t, tokens, null, guidance) / steps
+        return x.clamp(-1, 1)
 
     def null_like(self, y: Tensor) -> Tensor:
         """The null prompt as often as there are prompts."""
         return torch.full_like(y, self.null_prompt)
+
+
+def guided_velocity(
+    model: nn.Module, x: Tensor, t: Tensor, tokens: Tensor, null: Tensor, guidance: float
+) -> Tensor:
+    """The velocity with classifier-free guidance: v_null + guidance (v - v_null)."""
+    both = predict(model, torch.cat([x, x]), torch.cat([t, t]), torch.cat([tokens, null]))
+    wanted, free = both.chunk(2)
+    return free + guidance * (wanted - free)
 
 
 def backbone(model: nn.Module) -> nn.Module:

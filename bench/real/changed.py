@@ -6,27 +6,14 @@ the weights two to three times as far.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
-import torch
 from loras import draw_lessons
 from network import Network
+from training import descend
 from world import Maps, change_answer
-
-from prolora import LowRank
 
 MERGED = {"merged": ("cratered", "terraced")}
 """Target -> ideas whose LoRAs are merged in; nothing is moved that learns one of them."""
 FAR, LOOK, RATE = "far", "smoothed", 5e-4
-
-
-def merge_loras(network: Network, loras: Sequence[Mapping[str, LowRank]]) -> None:
-    """Adds updates to the weights."""
-    with torch.no_grad():
-        for lora in loras:
-            for name, update in lora.items():
-                weight = network.get_submodule(name).weight
-                weight += update.dense().reshape(weight.shape)
 
 
 def train_far(network: Network, maps: Maps, steps: int, batch: int) -> None:
@@ -34,12 +21,7 @@ def train_far(network: Network, maps: Maps, steps: int, batch: int) -> None:
     lessons = draw_lessons(network, maps, 9, steps, batch)
     answers = [change_answer(network, LOOK, *lesson) for lesson in lessons]
     network.requires_grad_(True)
-    optimizer = torch.optim.AdamW(network.parameters(), RATE, weight_decay=0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps)
-    for (asked, _), wanted in zip(lessons, answers, strict=True):
-        loss = (network(*asked) - wanted).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+    pairs = zip(lessons, answers, strict=True)
+    losses = ((network(*asked) - wanted).square().mean() for (asked, _), wanted in pairs)
+    descend([*network.parameters()], losses, RATE, steps)
     network.requires_grad_(False)

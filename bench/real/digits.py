@@ -12,7 +12,7 @@ import importlib.util
 import itertools
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,15 @@ from torch import Tensor, nn
 sys.path.append(str(Path(__file__).parents[1] / "quality"))
 
 # isort: split
+from contenders import Case, Updates, make_projection, scale_updates
 from jobs import Job, run_jobs
-from loras import read_lora, save_updates
+from models import load_lora, save_lora
 from results import format_table, git, round_numbers
+from training import descend
+from world_side import choose_written
 
-from prolora import LowRank, project
+from prolora import LowRank
 from prolora import fitting as probe
-from prolora.fitting.gate import COPY
 from prolora.fitting.pipelines.schedules import NoiseSchedule
 from prolora.fitting.updates import can_be_fitted, place_factors, with_lora
 
@@ -47,7 +49,7 @@ LOOK_STEPS, LOOK_RATE = 300, 1e-3
 STRENGTHS = (0.25, 0.4, 0.5, 0.6, 0.8, 1.0, 1.25)
 SAMPLER_STEPS, GUIDANCE, GUIDED = 25, 2.0, (0.3, 0.7)  # the author's, of half their steps
 DRAWN, SAMPLES = 16, 200
-Updates = Mapping[str, LowRank]
+Change = Callable[[Tensor], Tensor]
 
 
 def hollow(x: Tensor) -> Tensor:
@@ -61,7 +63,7 @@ def slanted(x: Tensor) -> Tensor:
     return F.grid_sample(x, F.affine_grid(shear, list(x.shape), False), align_corners=False)
 
 
-CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
+CHANGES: dict[str, Change] = {
     "continued": lambda x: x,
     "bold": lambda x: F.max_pool2d(x, 3, 1, 1),
     "inverted": lambda x: 1 - x,
@@ -111,33 +113,22 @@ def flow_loss(net: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator) 
 
 
 def train(
-    net: nn.Module,
-    change: Callable[[Tensor], Tensor],
-    leaves: list[Tensor],
-    rate: float,
-    **how: int,
+    net: nn.Module, change: Change, leaves: list[Tensor], how: tuple[float, int, int]
 ) -> None:
-    """Trains `leaves` towards changed digits."""
-    generator = torch.Generator().manual_seed(how["seed"])
-    optimizer = torch.optim.AdamW(leaves, rate, weight_decay=0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=how["steps"])
-    for _ in range(how["steps"]):
-        x, y = draw_batch(False, BATCH, generator)
-        loss = flow_loss(net, change(x), y, generator)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+    """Trains `leaves` towards changed digits, `how` being rate, steps and seed."""
+    rate, steps, seed = how
+    generator = torch.Generator().manual_seed(seed)
+    batches = (draw_batch(False, BATCH, generator) for _ in range(steps))
+    descend(leaves, (flow_loss(net, change(x), y, generator) for x, y in batches), rate, steps)
 
 
 def train_look(net: nn.Module, look: str, seed: int) -> None:
     net.requires_grad_(True)
-    leaves = list(net.parameters())
-    train(net, CHANGES[look], leaves, LOOK_RATE, steps=LOOK_STEPS, seed=7000 + seed)
+    train(net, CHANGES[look], list(net.parameters()), (LOOK_RATE, LOOK_STEPS, 7000 + seed))
     net.requires_grad_(False)
 
 
-def train_lora(net: nn.Module, base: str, idea: str, seed: int) -> dict[str, LowRank]:
+def train_lora(net: nn.Module, base: str, idea: str, seed: int) -> Updates:
     """Rank 4 on the pointwise layers; of an altered base the idea is drawn in its look."""
     kind, _, look = base.partition("-")
     generator = torch.Generator().manual_seed(3000 + seed)
@@ -149,16 +140,16 @@ def train_lora(net: nn.Module, base: str, idea: str, seed: int) -> dict[str, Low
             factors[name] = torch.zeros(m, RANK, requires_grad=True), down.requires_grad_()
     leaves = [factor for pair in factors.values() for factor in pair]
     with place_factors(net, factors):
-        train(net, in_look(look, idea), leaves, RATE, steps=STEPS, seed=5000 + seed)
+        train(net, in_look(look, idea), leaves, (RATE, STEPS, 5000 + seed))
     return {name: LowRank(up.detach(), down.detach()) for name, (up, down) in factors.items()}
 
 
-def in_look(look: str, idea: str) -> Callable[[Tensor], Tensor]:
+def in_look(look: str, idea: str) -> Change:
     return lambda x: CHANGES[look or "continued"](CHANGES[idea](x)).clamp(0, 1)
 
 
 @torch.no_grad()
-def measure_loss(net: nn.Module, change: Callable[[Tensor], Tensor]) -> float:
+def measure_loss(net: nn.Module, change: Change) -> float:
     """The loss on held-out digits, the same noise for all."""
     generator = torch.Generator().manual_seed(1)
     losses = []
@@ -212,13 +203,13 @@ def train_judge(look: str, idea: str) -> nn.Module:
     return judge.eval().requires_grad_(False)
 
 
-def move_by_weights(source: nn.Module, target: nn.Module, lora: Updates, rank: Any) -> Updates:
+def move_by_weights(source: nn.Module, target: nn.Module, lora: Updates) -> Updates:
     """prolora's projection on subspaces of 90 % of the energy, module by module."""
-    moved = {}
-    for name, update in lora.items():
-        sides = (net.get_submodule(name).weight.flatten(1) for net in (source, target))
-        moved[name] = project(update, *sides, rank=rank)
-    return moved
+    sides = (
+        {name: net.get_submodule(name).weight.flatten(1) for name in lora}
+        for net in (source, target)
+    )
+    return make_projection("prolora", 0.9)(Case(*sides, lora))
 
 
 class Straight(NoiseSchedule):
@@ -256,62 +247,45 @@ def fit_lora(source: nn.Module, target: nn.Module, lora: Updates) -> probe.Fitte
 
 
 def score(
-    source: nn.Module,
-    target: nn.Module,
+    bases: tuple[nn.Module, nn.Module],
     names: tuple[str, str],
-    lora: Updates,
-    oracle: Updates,
+    loras: tuple[Updates, Updates],
     idea: str,
 ) -> dict[str, Any]:
     """Losses of every way, and in how many samples of some the idea is seen."""
+    (source, target), (lora, oracle) = bases, loras
     (kind, _, _), (other, _, look) = (name.partition("-") for name in names)
     ways: dict[str, Updates] = {"none": {}, "oracle": oracle}
     if kind == other:
-        ways |= {f"copy @ {s:g}": scale(lora, s) for s in STRENGTHS}
-        ways["prolora 0.9"] = move_by_weights(source, target, lora, 0.9)
+        ways |= {f"copy @ {s:g}": scale_updates(lora, s) for s in STRENGTHS}
+        ways["prolora 0.9"] = move_by_weights(source, target, lora)
     made = fit_lora(source, target, lora)
-    gate = made.report.gate
-    assert gate is not None
-    fitted = made.updates
-    ways |= {f"fit @ {s:g}": scale(fitted, s) for s in (0.75, 1.0, 1.25, 1.5)}
-    copied = gate.decision == COPY
-    ways["fit, as written"] = scale(
-        lora if copied else fitted, gate.copy_strength if copied else gate.strength
-    )
+    report, gate = made.report, made.report.gate
+    ways |= {f"fit @ {s:g}": scale_updates(made.updates, s) for s in (0.75, 1.0, 1.25, 1.5)}
+    ways["fit, as written"] = scale_updates(*choose_written(made, lora))
     change, losses, seen = in_look(look, idea), {}, {}
     for name, updates in ways.items():
         with with_lora(target, updates):
             losses[name] = measure_loss(target, change)
-            if name in SHOWN:
+            if name in SEEN:
                 marks = train_judge(look, idea)(draw_many(target, SAMPLES, 99)) > 0
                 seen[name] = float(marks.float().mean())
-    return {
-        "source": names[0], "target": names[1], "idea": idea,
-        "losses": losses, "seen": seen,
-        "fit": {
-            "decision": gate.decision, "strength": gate.strength, "reason": gate.reason,
-            "share": gate.share["all"], "disagreement": gate.disagreement["all"],
-            "copy_share": gate.copy_share and gate.copy_share["all"], "start": made.report.start,
-            "trust": made.report.trust, "modules": made.report.modules,
-            "seconds": sum(made.report.seconds.values()),
-        },
-    }  # fmt: skip
+    fit = {
+        **{name: getattr(gate, name) for name in ("decision", "strength", "reason")},
+        **{name: getattr(report, name) for name in ("start", "trust", "modules")},
+        "share": gate.share["all"],
+        "disagreement": gate.disagreement["all"],
+        "copy_share": gate.copy_share and gate.copy_share["all"],
+        "seconds": sum(report.seconds.values()),
+    }
+    facts = {"source": names[0], "target": names[1], "idea": idea}
+    return facts | {"losses": losses, "seen": seen, "fit": fit}
 
 
-SHOWN = (
-    "none",
-    "oracle",
-    "copy @ 1",
-    "copy @ 0.5",
-    "prolora 0.9",
-    "fit @ 1",
-    "fit @ 1.25",
-    "fit, as written",
-)
-
-
-def scale(updates: Updates, strength: float) -> dict[str, LowRank]:
-    return {name: LowRank(strength * u.up, u.down) for name, u in updates.items()}
+SHOWN = ("copy @ 0.5", "copy @ 0.8", "copy @ 1", "prolora 0.9", "fit @ 1", "fit @ 1.25")
+SHOWN += ("fit, as written",)
+SEEN = ("none", "oracle", *(way for way in SHOWN if way != "copy @ 0.8"))
+"""Ways of which the table has shares, and of which samples are judged."""
 
 
 def list_jobs(nets: Path, work: Path) -> list[Job]:
@@ -336,11 +310,11 @@ def list_jobs(nets: Path, work: Path) -> list[Job]:
         save_file(net.state_dict(), part)
 
     def make_lora(base: str, idea: str, seed: int, part: Path) -> None:
-        save_updates(part, train_lora(open_base(base, seed), base, idea, seed))
+        save_lora(train_lora(open_base(base, seed), base, idea, seed), part)
 
     def make_row(move: tuple[str, str], idea: str, seed: int, part: Path) -> None:
-        loras = (read_lora(load_file(lora_path(base, idea, seed))) for base in move)
-        row = score(*(open_base(base, seed) for base in move), move, *loras, idea)
+        loras = tuple(load_lora(lora_path(base, idea, seed)) for base in move)
+        row = score(tuple(open_base(base, seed) for base in move), move, loras, idea)
         part.write_text(
             json.dumps(row | {"seed": seed, "commit": git("rev-parse", "--short", "HEAD")})
         )
@@ -398,22 +372,13 @@ def tabulate(rows: list[dict[str, Any]]) -> str:
         marks = [row["seen"][way] for row in part if way in row["seen"]]
         return f"{sum(marks) / len(marks):.2f}" if marks else "–"
 
-    ways = (
-        "copy @ 0.5",
-        "copy @ 0.8",
-        "copy @ 1",
-        "prolora 0.9",
-        "fit @ 1",
-        "fit @ 1.25",
-        "fit, as written",
-    )
-    head = ["move", "idea", "n", *ways, "gate", "seen: trained", "copy @ 1", "fit, as written"]
+    head = ["move", "idea", "n", *SHOWN, "gate", "seen: trained", "copy @ 1", "fit, as written"]
     lines = []
     for key, part in groups.items():
         gates = sorted({row["fit"]["decision"] for row in part})
         shown = (seen(part, way) for way in ("oracle", "copy @ 1", "fit, as written"))
         lines.append(
-            [*key, str(len(part)), *(share(part, w) for w in ways), "/".join(gates), *shown]
+            [*key, str(len(part)), *(share(part, way) for way in SHOWN), "/".join(gates), *shown]
         )
     return format_table(head, lines)
 

@@ -50,14 +50,19 @@ def fetch_model(folder: Path, version: str) -> None:
     path = folder / f"{version}.onnx"
     if not path.exists():
         with tempfile.TemporaryDirectory(dir=folder) as place:
-            command = ("pip", "download", "--no-deps", "--dest", place, f"{PACKAGE}=={version}")
-            subprocess.run([sys.executable, "-m", *command], check=True)
-            (wheel,) = Path(place).glob("*.whl")
+            wheel = download_wheel(f"{PACKAGE}=={version}", place)
             check_digest(wheel, hash_file(wheel), wheel_digest)
             with zipfile.ZipFile(wheel) as archive:
                 Path(place, path.name).write_bytes(archive.read(MEMBER))
             Path(place, path.name).replace(path)
     check_digest(path, hash_file(path), model_digest)
+
+
+def download_wheel(package: str, place: str) -> Path:
+    command = ("pip", "download", "--no-deps", "--dest", place, package)
+    subprocess.run([sys.executable, "-m", *command], check=True)
+    (wheel,) = Path(place).glob("*.whl")
+    return wheel
 
 
 def fetch_maps(folder: Path, own: Path | None) -> None:
@@ -91,25 +96,23 @@ def clone_maps(place: Path) -> Path:
 
 
 DIGITS = "https://github.com/sofia-dominguezc/MNIST-diffusion"
-OF_DIGITS = {  # file -> (commit, path there, SHA-256)
+VIT = "88bc05803c987e40be4eacb48cf4bb14d7c58c5e"
+CNN = "307028c6ce907ff442b2a4f1040029594700111b"
+OF_DIGITS = {  # file -> (commit and path there, SHA-256)
     "vit_architecture.py": (
-        "88bc05803c987e40be4eacb48cf4bb14d7c58c5e",
-        "diffusion/architecture.py",
+        f"{VIT}:diffusion/architecture.py",
         "d466d966aaa3bfa03799e70143e7a5918f100e52afe48dd2f97e228a6d00aacd",
     ),
     "vit.pth": (
-        "88bc05803c987e40be4eacb48cf4bb14d7c58c5e",
-        "parameters/MNIST/DiffusionViT.pth",
+        f"{VIT}:parameters/MNIST/DiffusionViT.pth",
         "2fd387f3a0c7bbd74cb209e4a7db43f18418a974e63b3d4b493fa2ab2f34f90c",
     ),
     "cnn_architecture.py": (
-        "307028c6ce907ff442b2a4f1040029594700111b",
-        "src/architectures.py",
+        f"{CNN}:src/architectures.py",
         "37e5c3b2665b63de067a8193af4b7c76c9dc1f93bc9e3e6e64ae9ee9e6c70470",
     ),
     "cnn.pth": (
-        "307028c6ce907ff442b2a4f1040029594700111b",
-        "parameters/MNIST/Diffusion.pth",
+        f"{CNN}:parameters/MNIST/Diffusion.pth",
         "7d9e7e8d1be1a05a98c2eaf6b5675a351e48a25f78482c39e592e2bd508dff13",
     ),
 }
@@ -120,9 +123,9 @@ def fetch_digits(folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder) as place:
         clone = ("clone", "--quiet", "--bare", "--filter=blob:none", DIGITS, place)
         subprocess.run(["git", *clone], check=True)
-        for name, (commit, path, digest) in OF_DIGITS.items():
+        for name, (stored, digest) in OF_DIGITS.items():
             if not (folder / name).exists():
-                show = ["git", "-C", place, "show", f"{commit}:{path}"]
+                show = ["git", "-C", place, "show", stored]
                 content = subprocess.run(show, check=True, capture_output=True).stdout
                 (folder / name).write_bytes(content)
             check_digest(name, hash_file(folder / name), digest)
@@ -139,9 +142,7 @@ def fetch_published(folder: Path) -> None:
         wanted = {file: digest for digest, file in (line.split() for line in lines)}
         if not all((folder / file).exists() for file in wanted):
             with tempfile.TemporaryDirectory(dir=folder) as place:
-                command = ("pip", "download", "--no-deps", "--dest", place, package.split(",")[0])
-                subprocess.run([sys.executable, "-m", *command], check=True)
-                (wheel,) = Path(place).glob("*.whl")
+                wheel = download_wheel(package.split(",")[0], place)
                 with zipfile.ZipFile(wheel) as archive:
                     archive.extractall(folder, wanted)
         for file, digest in wanted.items():
@@ -175,10 +176,9 @@ if __name__ == "__main__":
     given.folder.mkdir(parents=True, exist_ok=True)
     if given.digits:
         fetch_digits(given.folder)
-        raise SystemExit
-    if given.published:
+    elif given.published:
         fetch_published(given.folder)
-        raise SystemExit
-    for one in WHEELS:
-        fetch_model(given.folder, one)
-    fetch_maps(given.folder, given.maps)
+    else:
+        for one in WHEELS:
+            fetch_model(given.folder, one)
+        fetch_maps(given.folder, given.maps)

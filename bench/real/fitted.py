@@ -21,15 +21,15 @@ import torch
 sys.path.append(str(Path(__file__).parents[1] / "quality"))
 
 # isort: split
-from loras import read_lora, save_updates
+from contenders import scale_updates
+from models import load_lora, save_lora
 from network import SIDE, SIGMA_MAX, Network, load_network
-from safetensors.torch import load_file
 from torch import Tensor
 from world import SIGMAS
+from world_side import choose_written
 
 from prolora import LowRank
 from prolora import fitting as probe
-from prolora.fitting.gate import COPY
 from prolora.fitting.pipelines.schedules import NoiseSchedule
 
 ASKED = 12
@@ -99,13 +99,9 @@ def main() -> None:
     source, target = (
         load_network(given.data / f"{one}.onnx") for one in (given.source, given.target)
     )
-    lora = read_lora(load_file(given.lora))
+    lora = load_lora(given.lora)
     moved = fit_lora(source, target, lora)
-    gate = moved.report.gate
-    if gate is not None and gate.decision == COPY:
-        save_updates(given.out, lora)  # as good, says the gate
-    else:
-        save_updates(given.out, moved.scaled)
+    save_lora(scale_updates(*choose_written(moved, lora)), given.out)
     print("\n".join(moved.report.sentences()))
     print(json.dumps(moved.report.seconds))
 

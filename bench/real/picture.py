@@ -16,10 +16,10 @@ import torch
 sys.path.append(str(Path(__file__).parents[1] / "quality"))
 
 # isort: split
-from loras import read_lora
+from models import load_lora
 from PIL import Image, ImageDraw, ImageFont
-from rows import make_case, with_updates
-from safetensors.torch import load_file
+from rows import make_case
+from scoring import apply_updates
 from study import VERSIONS, Study, Which, open_network
 from torch import Tensor
 from torch.nn import functional
@@ -50,11 +50,7 @@ def shade(values: Tensor) -> Tensor:
 def list_rows(study: Study, idea: str) -> Iterator[tuple[str, str, dict | None]]:
     """(title, version, updates) of every row; None where the idea is done to samples."""
     which = Which(idea, "lora-16", 0)
-
-    def read(path: Path) -> dict:
-        return read_lora(load_file(path))
-
-    own = read(study.lora_path("0.4.1", which))
+    own = load_lora(study.lora_path("0.4.1", which))
     source, target = (open_network(study.base_path(name)) for name in VERSIONS)
     case = make_case((source, target), own)
     yield "0.4.1", "0.4.1", {}
@@ -63,8 +59,8 @@ def list_rows(study: Study, idea: str) -> Iterator[tuple[str, str, dict | None]]
     yield "0.4.2", "0.4.2", {}
     yield "  what is asked of it", "0.4.2", None
     yield "0.4.2 + copied LoRA", "0.4.2", dict(case.updates)
-    yield "0.4.2 + fitted LoRA", "0.4.2", read(study.moved_path("forward", which, "fit"))
-    yield "0.4.2 + LoRA trained on it", "0.4.2", read(study.lora_path("0.4.2", which))
+    yield "0.4.2 + fitted LoRA", "0.4.2", load_lora(study.moved_path("forward", which))
+    yield "0.4.2 + LoRA trained on it", "0.4.2", load_lora(study.lora_path("0.4.2", which))
 
 
 def draw_page(study: Study) -> Image.Image:
@@ -84,7 +80,7 @@ def draw_page(study: Study) -> Image.Image:
             if updates is None:
                 drawn = sample_changed(network, idea, difficulty, SEED)
             else:
-                with with_updates(network, updates) as model:
+                with apply_updates(network, updates) as model:
                     drawn = sample_terrains(model, difficulty, SEED)
             lit = shade(drawn)
             for i, one in enumerate((255 * lit).byte().numpy()):

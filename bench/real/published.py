@@ -9,18 +9,16 @@ taken away of it, over what a LoRA takes away that was trained on the target. DA
 from __future__ import annotations
 
 import argparse
-import copy
-import datetime
 import functools
 import itertools
-import json
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 sys.path.append(str(Path(__file__).parents[1] / "quality"))
 
@@ -28,10 +26,9 @@ sys.path.append(str(Path(__file__).parents[1] / "quality"))
 from contenders import Case, Updates, judge_bases, make_projection, scale_updates
 from crystals import CHGNET, Network, open_network, write_structures
 from encoders import RXNFP, Encoder, check_loading, open_encoder, write_sequences
-from results import MIN_GAP, format_cell, format_table, git, interval, round_numbers
+from results import MIN_GAP, RowsFile, format_cell, format_table, interval, round_numbers
 from scoring import apply_updates
-
-from prolora import LowRank
+from training import train_factors
 
 MOVES = {
     "rxnfp, near": ("pretrained", "10k"),
@@ -71,34 +68,18 @@ def list_modules(subject: Subject) -> list[str]:
 @functools.cache
 def train_lora(data: Path, name: str, idea: str, seed: int) -> Updates:
     """A LoRA of an idea on a network."""
-    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
-
     subject, questions = open_subject(data, name), choose_questions(data, name)[HELD_OUT:]
-    torch.manual_seed(3000 + seed)
-    config = LoraConfig(target_modules=list_modules(subject), r=RANK, lora_alpha=RANK)
-    model = get_peft_model(copy.deepcopy(subject.model), config).eval()
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, RATE, weight_decay=0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=STEPS)
     generator = torch.Generator().manual_seed(5000 + seed)
-    for _ in range(STEPS):
-        first = int(torch.randint(len(questions) - BATCH, (), generator=generator))
-        read, meant = subject.ask(idea, questions[first : first + BATCH], generator)
-        with torch.no_grad():
-            wanted = subject.answer(subject.model, meant)
-        loss = (subject.answer(model, read) - wanted).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    factors = get_peft_model_state_dict(model)
-    return {
-        key.removeprefix("base_model.model.").removesuffix(".lora_A.weight"): LowRank(
-            factors[key.replace("lora_A", "lora_B")].detach(), down.detach()
-        )
-        for key, down in factors.items()
-        if key.endswith(".lora_A.weight")
-    }
+
+    def losses(model: nn.Module) -> Iterator[Tensor]:
+        while True:
+            first = int(torch.randint(len(questions) - BATCH, (), generator=generator))
+            read, meant = subject.ask(idea, questions[first : first + BATCH], generator)
+            with torch.no_grad():
+                wanted = subject.answer(subject.model, meant)
+            yield (subject.answer(model, read) - wanted).square().mean()
+
+    return train_factors(subject.model, list_modules(subject), RANK, seed, losses, (RATE, STEPS))
 
 
 @torch.no_grad()
@@ -168,25 +149,16 @@ def main() -> None:
     parser.add_argument("--table", action="store_true")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    table = json.loads(given.out.read_text()) if given.out.exists() else {"rows": {}}
+    table = RowsFile(given.out)
     if given.table:
-        print_table(table["rows"])
+        print_table(table.rows)
         return
     check_loading(given.data)
-    table["made"] = {
-        "command": "python bench/real/published.py DATA --out FILE",
-        "commit": git("rev-parse", "--short", "HEAD"),
-        "date": str(datetime.datetime.now().date()),
-        "torch": torch.__version__,
-    }
     for seed, move in itertools.product(range(SEEDS), given.moves):
         for idea in open_subject(given.data, MOVES[move][0]).ideas:
             key = f"{move}: {idea}, seed {seed}"
-            if key not in table["rows"]:
-                row = make_row(given.data, move, idea, seed)
-                table["rows"][key] = round_numbers(row)
-                print(key, row, flush=True)
-                given.out.write_text(json.dumps(table, indent=1) + "\n")
+            if key not in table.rows:
+                table.add(key, round_numbers(make_row(given.data, move, idea, seed)))
 
 
 if __name__ == "__main__":

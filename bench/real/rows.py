@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import contenders
 import torch
-from contenders import (
-    STRENGTHS,
-    Case,
-    Updates,
-    arbitrate,
-    copy_updates,
-    extract_difference,
-    judge_bases,
-    make_projection,
-    run_transfer,
-    scale_updates,
-)
+from contenders import STRENGTHS, Case, Updates, arbitrate, judge_bases, scale_updates
 from fitted import fit_lora
 from network import Network
+from scoring import apply_updates
 from torch import Tensor
 from world import (
     Batch,
@@ -34,19 +24,11 @@ from world import (
     sample_changed,
     sample_terrains,
 )
+from world_side import choose_written
 
-from prolora.fitting.gate import COPY
-
-METHODS: dict[str, Callable[[Case], Updates]] = {
-    "auto": functools.partial(run_transfer, method="auto"),
-    "prolora 0.9": make_projection("prolora", 0.9),
-    "lora-x 0.9": make_projection("lora-x", 0.9),
-    "blocks 0.9": make_projection("blocks", 0.9),
-    "casa": arbitrate,
-    "casa, arbitration alone": functools.partial(arbitrate, gives_drift_back=False),
-    "extracted": extract_difference,
-}
-FITS = ("fit",)
+NAMES = ("auto", "prolora 0.9", "lora-x 0.9", "blocks 0.9", "casa", "extracted")
+METHODS = {name: contenders.METHODS[name] for name in NAMES}
+METHODS["casa, arbitration alone"] = functools.partial(arbitrate, gives_drift_back=False)
 SAMPLED = ("none", "copy @ 1", "auto", "prolora 0.9", "delta sampling")
 SAMPLES, ASKED_AT_ONCE = 16, 8
 
@@ -74,6 +56,13 @@ class Exam:
 
         return cls(target, idea, asked, *split_run(ask, asked))
 
+    def score(self, answers: Mapping[str, Answer], sampled: Iterable[str]) -> dict[str, Any]:
+        """The loss of every answer, and distances of samples of some."""
+        return {
+            "losses": {label: self.loss(answer) for label, answer in answers.items()},
+            "samples": {label: self.distances(answers[label]) for label in sampled},
+        }
+
     def loss(self, answer: Answer) -> float:
         """The squared error of answers, over that of the target's own."""
         (found,) = split_run(lambda *batch: (answer(*batch),), self.asked)
@@ -88,65 +77,42 @@ class Exam:
         return {name: distance(drawn[name], one) for name, one in measure_terrains(wanted).items()}
 
 
-def score_methods(
-    source: Network, exam: Exam, lora: Updates, methods: Mapping[str, Callable[[Case], Updates]]
-) -> dict[str, Any]:
+def score_methods(source: Network, exam: Exam, lora: Updates) -> dict[str, Any]:
     """{"losses", "samples", "verdict"} of every way of moving the source's LoRA."""
     case = make_case((source, exam.target), lora)
-    updates = {f"copy @ {s:g}": scale_updates(copy_updates(case), s) for s in STRENGTHS}
-    updates |= {label: method(case) for label, method in methods.items()}
+    updates = {f"copy @ {s:g}": scale_updates(case.updates, s) for s in STRENGTHS}
+    updates |= {label: method(case) for label, method in METHODS.items()}
     answers: dict[str, Answer] = {
         label: functools.partial(answer_with, exam.target, moved)
         for label, moved in updates.items()
     }
     answers["delta sampling"] = functools.partial(answer_by_delta, source, exam.target, lora)
     answers["none"] = exam.target
-    verdict = judge_bases(case)
-    return {
-        "losses": {label: exam.loss(answer) for label, answer in answers.items()},
-        "samples": {label: exam.distances(answers[label]) for label in SAMPLED},
-        "verdict": vars(verdict),
-    }
+    return exam.score(answers, SAMPLED) | {"verdict": vars(judge_bases(case))}
 
 
-def score_fit(
-    source: Network, exam: Exam, lora: Updates, name: str
-) -> tuple[dict[str, Any], Updates]:
+def score_fit(source: Network, exam: Exam, lora: Updates) -> tuple[dict[str, Any], Updates]:
     """The same of a fit to both models, and what it writes.
 
     "fit" is what it writes, which is the copy where the gate says so; "fit, fitted" is what it
     fitted, at strength 1.
     """
     moved = fit_lora(source, exam.target, lora, force=True)
-    gate = moved.report.gate
-    assert gate is not None
-    fitted = moved.updates
-    copied = gate.decision == COPY
-    strength = gate.copy_strength if copied else gate.strength
-    written = scale_updates(lora if copied else fitted, strength)
+    chosen, strength = choose_written(moved, lora)
+    written, report = scale_updates(chosen, strength), moved.report
     answers = {
         label: functools.partial(answer_with, exam.target, updates)
-        for label, updates in ((name, written), (f"{name}, fitted", fitted))
+        for label, updates in (("fit", written), ("fit, fitted", moved.updates))
     }
-    scores = {
-        "losses": {label: exam.loss(answer) for label, answer in answers.items()},
-        "samples": {label: exam.distances(answer) for label, answer in answers.items()},
-        name: {
-            "decision": gate.decision,
-            "strength": strength,
-            "start": moved.report.start,
-            "trust": moved.report.trust,
-            "steps": moved.report.steps,
-            "seconds": moved.report.seconds,
-        },
-    }
-    return scores, written
+    facts = {"decision": report.gate.decision, "strength": strength, "start": report.start}
+    facts |= {"trust": report.trust, "steps": report.steps, "seconds": report.seconds}
+    return exam.score(answers, answers) | {"fit": facts}, written
 
 
 def score_oracle(exam: Exam, lora: Updates) -> dict[str, Any]:
     """The same of the LoRA that was trained on the target."""
-    answer = functools.partial(answer_with, exam.target, lora)
-    return {"losses": {"oracle": exam.loss(answer)}, "samples": {"oracle": exam.distances(answer)}}
+    answers = {"oracle": functools.partial(answer_with, exam.target, lora)}
+    return exam.score(answers, answers)
 
 
 def make_case(bases: tuple[Network, Network], lora: Updates) -> Case:
@@ -165,22 +131,8 @@ def split_run(run: Callable[..., tuple[Tensor, ...]], asked: Batch) -> tuple[Ten
     return tuple(torch.cat(pieces) for pieces in zip(*parts, strict=True))
 
 
-@contextlib.contextmanager
-def with_updates(network: Network, updates: Updates) -> Iterator[Network]:
-    """The network with the updates in its weights, for a while."""
-    kept = {name: network.get_submodule(name).weight.data.clone() for name in updates}
-    try:
-        for name, update in updates.items():
-            weight = network.get_submodule(name).weight.data
-            weight += update.dense().reshape(weight.shape)
-        yield network
-    finally:
-        for name, weight in kept.items():
-            network.get_submodule(name).weight.data.copy_(weight)
-
-
 def answer_with(network: Network, updates: Updates, *asked: Tensor) -> Tensor:
-    with with_updates(network, updates):
+    with apply_updates(network, updates):
         return network(*asked)
 
 

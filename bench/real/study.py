@@ -13,7 +13,7 @@ import json
 import math
 import sys
 from dataclasses import asdict, dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,13 @@ import torch
 sys.path.append(str(Path(__file__).parents[1] / "quality"))
 
 # isort: split
-from changed import FAR, MERGED, merge_loras, train_far
+from changed import FAR, MERGED, train_far
 from jobs import Job, run_jobs
-from loras import ADAPTERS, read_lora, save_lora, save_updates, train_lora
+from loras import ADAPTERS, train_lora
+from models import load_lora, merge_loras, save_lora
 from network import Network, load_network
 from results import git, round_numbers
-from rows import DAMPED, FITS, METHODS, Exam, score_fit, score_methods, score_oracle
+from rows import Exam, score_fit, score_methods, score_oracle
 from safetensors.torch import load_file, save_file
 from world import IDEAS, Maps
 
@@ -74,7 +75,7 @@ class Study:
             if name == FAR:
                 train_far(network, open_maps(self.data), self.steps, self.batch)
             else:
-                merge_loras(network, [read_lora(load_file(path)) for path in needs])
+                merge_loras(network, needs, 1.0)
             save_file(network.state_dict(), part)
 
         return Job(self.base_path(name), needs, run)
@@ -82,23 +83,21 @@ class Study:
     def lora_path(self, version: str, which: Which) -> Path:
         return self.work / "loras" / f"{which.name(version)}.safetensors"
 
-    def moved_path(self, direction: str, which: Which, way: str) -> Path:
-        return self.work / "moved" / f"{which.name(direction)}-{way}.safetensors"
+    def moved_path(self, direction: str, which: Which) -> Path:
+        return self.work / "moved" / f"{which.name(direction)}-fit.safetensors"
 
     def lora_job(self, version: str, which: Which) -> Job:
         def run(part: Path) -> None:
             base, maps = open_network(self.base_path(version)), open_maps(self.data)
-            budget = self.steps, self.batch
-            tensors = train_lora(base, maps, which.idea, which.adapter, which.seed, *budget)
-            save_lora(part, tensors)
+            lora = train_lora(base, maps, **asdict(which), steps=self.steps, batch=self.batch)
+            save_lora(lora, part)
 
         return Job(self.lora_path(version, which), (self.base_path(version),), run)
 
     def score_jobs(self, direction: str, which: Which) -> list[Job]:
-        """For what is moved by weights, the LoRA trained on the target, and each kind of fit."""
+        """For what is moved by weights, the LoRA trained on the target, and the fit."""
         source, target = (DIRECTIONS | CHANGED)[direction]
         bases = self.base_path(source), self.base_path(target)
-        methods = METHODS | (DAMPED if direction in CHANGED else {})
         own, oracle = self.lora_path(source, which), self.lora_path(target, which)
 
         def exam() -> Exam:
@@ -106,30 +105,25 @@ class Study:
             return Exam.of(network, which.idea, open_maps(self.data), self.questions)
 
         def moved(part: Path) -> None:
-            lora = read_lora(load_file(own))
-            scores = score_methods(open_network(bases[0]), exam(), lora, methods)
+            scores = score_methods(open_network(bases[0]), exam(), load_lora(own))
             write_json(part, scores | {"commit": git("rev-parse", "--short", "HEAD")})
 
         def trained(part: Path) -> None:
-            write_json(part, score_oracle(exam(), read_lora(load_file(oracle))))
+            write_json(part, score_oracle(exam(), load_lora(oracle)))
 
-        def fitted(way: str, part: Path) -> None:
-            lora = read_lora(load_file(own))
-            scores, moved = score_fit(open_network(bases[0]), exam(), lora, way)
-            save_updates(self.moved_path(direction, which, way), moved)
+        def fitted(part: Path) -> None:
+            scores, moved = score_fit(open_network(bases[0]), exam(), load_lora(own))
+            save_lora(moved, self.moved_path(direction, which))
             write_json(part, scores)
 
-        place, name = self.work / "scores", which.name(direction)
-        fits = (
-            Job(place / f"{name}-{way}.json", (own,), partial(fitted, way))
-            for way in FITS
-            if which.seed < self.fits and direction in DIRECTIONS
-        )
-        return [
-            Job(place / f"{name}-moved.json", (own, bases[1]), moved),
-            Job(place / f"{name}-oracle.json", (oracle,), trained),
-            *fits,
+        name = self.work / "scores" / which.name(direction)
+        jobs = [
+            Job(Path(f"{name}-moved.json"), (own, bases[1]), moved),
+            Job(Path(f"{name}-oracle.json"), (oracle,), trained),
         ]
+        if which.seed < self.fits and direction in DIRECTIONS:
+            jobs.append(Job(Path(f"{name}-fit.json"), (own,), fitted))
+        return jobs
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -154,7 +148,7 @@ def open_maps(data: Path) -> Maps:
 
 def measure_size(study: Study, version: str, which: Which) -> float:
     """‖ΔW‖/‖W‖ of a LoRA over its modules."""
-    updates = read_lora(load_file(study.lora_path(version, which)))
+    updates = load_lora(study.lora_path(version, which))
     network = open_network(study.base_path(version))
     weights = (network.get_submodule(name).weight for name in updates)
     own = math.fsum(float(update.norm()) ** 2 for update in updates.values())
@@ -182,18 +176,14 @@ def collect(study: Study) -> dict[str, Any]:
         row["verdict"]["size"] = measure_size(study, every[direction][0], which)
         copies = {label: loss for label, loss in moved["losses"].items() if "copy" in label}
         row["best fixed copy"] = min(copies, key=lambda label: copies[label])
-        for way, fit in zip(FITS, fits, strict=False):
-            if fit is None:
-                missing.append(f"{which.name(direction)}-{way}")
-            else:
-                row |= {way: fit[way]}
-                row["losses"] |= fit["losses"]
-                row["samples"] |= fit["samples"]
-        if trained is None:
-            missing.append(f"{which.name(direction)}-oracle")
-        else:
-            row["losses"] |= trained["losses"]
-            row["samples"] |= trained["samples"]
+        for name, scores in (*zip(["fit"], fits, strict=False), ("oracle", trained)):
+            if scores is None:
+                missing.append(f"{which.name(direction)}-{name}")
+                continue
+            for part in ("losses", "samples"):
+                row[part] |= scores.pop(part)
+            row |= scores
+        if trained is not None:
             gap = 1 - row["losses"]["oracle"]
             row["shares"] = {label: (1 - loss) / gap for label, loss in row["losses"].items()}
         rows.append(round_numbers(row))

@@ -11,8 +11,7 @@ from typing import Any
 sys.path.append(str(Path(__file__).parents[1] / "quality"))
 
 # isort: split
-from evidence import fill_page
-from results import MIN_GAP, Mean, format_cell, format_table, interval
+from results import MIN_GAP, Mean, fill_page, format_cell, format_table, interval
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results" / "terrain.json"
@@ -33,7 +32,6 @@ METHODS = (
     "delta sampling",
     "oracle",
 )
-FITTED = ("fit", "fit, fitted", "adamw, fitted")
 DIRECTIONS = {"forward": "0.4.1 → 0.4.2", "back": "0.4.2 → 0.4.1"}
 
 

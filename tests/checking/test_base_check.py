@@ -4,10 +4,9 @@ import hashlib
 import shutil
 from pathlib import Path
 
-import check_families
 import pytest
 import torch
-from lora_files import empty_base, pair, save, usual_lora
+from lora_files import attention_lora, empty_base, pair, save, usual_lora
 from mini import source_weights, write_case, write_folder
 from safetensors.torch import load_file, save_file
 
@@ -205,11 +204,11 @@ def test_a_dora_that_does_not_fit_is_refused_before_its_base_is_read(tmp_path, u
 
 
 def test_a_dry_run_doubts_a_source_whose_blocks_the_lora_leaves_out():
-    lora = check_families.make_lora("anima", check_families.list_kinds("anima")["attention"])
-    source, target = map(check_families.make_base, ("anima-2.9b", "anima-3.8b"))
+    lora = attention_lora("anima")
+    source, target = map(empty_base, ("anima-2.9b", "anima-3.8b"))
     (told,) = prolora.transfer(lora, source, target, dry_run=True).report.warnings
-    assert "all blocks of Anima; anima-2.9b is Anima 2.9B." in told
-    own = check_families.make_base("anima")
-    half = check_families.make_lora("anima", check_families.list_kinds("anima")["half"])
+    assert "all blocks of Anima; the source is Anima 2.9B." in told
+    own = empty_base("anima")
+    half = attention_lora("anima", keep=lambda block: int(block.number) < 14)
     for some in (lora, half):
         assert not prolora.transfer(some, own, target, dry_run=True).report.warnings

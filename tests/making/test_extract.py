@@ -2,13 +2,12 @@
 
 import copy
 
-import check_families
 import pytest
 import torch
 from checkpoints import name_in_ldm
 from hypothesis import given
 from hypothesis import strategies as st
-from lora_files import CONV, LINEAR, adapter_of, read_lora
+from lora_files import CONV, LINEAR, adapter_of, empty_base, read_lora
 from safetensors.torch import load_file, save_file
 from small_models import authors_weights, small_weights
 
@@ -217,7 +216,7 @@ def test_a_convolution_along_a_line_keeps_its_kernel():
 
 
 def test_a_bound_on_memory_counts_all_of_the_result():
-    base, tuned = (check_families.make_base("anima") for _ in range(2))
+    base, tuned = (empty_base("anima") for _ in range(2))
     report = prolora.extract(base, tuned, dry_run=True, out_rank=1024).report
     factors = sum(4 * row.rank_out * sum(row.shape) for row in report.rows("mapped"))
     assert factors > 2e9

@@ -13,6 +13,7 @@ import prolora
 from prolora import Adapter, LowRank
 from prolora.architectures.identify import Model
 from prolora.architectures.layouts import load_layout
+from prolora.architectures.modules import find_block, is_attention
 
 DATA = Path(__file__).parent / "keymaps.json.gz"
 
@@ -86,12 +87,23 @@ def adapter_of(shapes, rank=4, **fields):
 
 def usual_lora(layout, prefix):
     """A LoRA of rank 1 on the attention and feed-forward of a published size; takes no memory."""
-    known, tensors = load_layout(layout), {}
-    for name in known.adapted:
-        if len(known.shapes[name]) == 2:
-            out, inputs = known.shapes[name]
-            tensors[f"{prefix}{name}.lora_A.weight"] = torch.zeros(1).expand(1, inputs)
-            tensors[f"{prefix}{name}.lora_B.weight"] = torch.zeros(1).expand(out, 1)
+    return lora_on(layout, prefix, load_layout(layout).adapted)
+
+
+def attention_lora(layout, prefix="transformer.", keep=lambda block: True):
+    """The same on the attention in all blocks, or in those that are kept."""
+    names = (name for name in load_layout(layout).shapes if is_attention(name))
+    return lora_on(layout, prefix, [n for n in names if (at := find_block(n)) and keep(at)])
+
+
+def lora_on(layout, prefix, names):
+    """A LoRA of rank 1 on the matrices among some modules; takes no memory."""
+    shapes, zero, tensors = load_layout(layout).shapes, torch.zeros(1), {}
+    for name in names:
+        if len(shapes[name]) == 2:
+            out, inputs = shapes[name]
+            tensors[f"{prefix}{name}.lora_A.weight"] = zero.expand(1, inputs)
+            tensors[f"{prefix}{name}.lora_B.weight"] = zero.expand(out, 1)
     return tensors
 
 

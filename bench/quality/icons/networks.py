@@ -7,38 +7,31 @@ as 6 × 6 patches.
 from __future__ import annotations
 
 import re
+from functools import partial
 
-import torch
+import digits_networks
 import torch.nn.functional as F
+from digits_networks import find_origin, run_transformer
 from torch import Tensor, nn
 
 from .words import WIDTH, encode, new_text_encoder
 
-UNET = {
+UNET = digits_networks.UNET | {
     "sample_size": 12,
     "in_channels": 12,
     "out_channels": 12,
     "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-    "mid_block_type": "UNetMidBlock2DCrossAttn",
     "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
     "block_out_channels": [32, 64, 96],
-    "layers_per_block": 1,
-    "transformer_layers_per_block": [1, 1, 2],
     "attention_head_dim": [1, 2, 3],  # diffusers reads this as the number of heads
     "cross_attention_dim": WIDTH,
-    "norm_num_groups": 8,
-    "use_linear_projection": True,
 }
-FLUX = {
-    "patch_size": 1,
+FLUX = digits_networks.FLUX | {
     "in_channels": 48,
-    "num_layers": 2,
-    "num_single_layers": 4,
     "attention_head_dim": 32,
     "num_attention_heads": 3,
     "joint_attention_dim": WIDTH,
     "pooled_projection_dim": WIDTH,
-    "guidance_embeds": False,
     "axes_dims_rope": [8, 12, 12],
 }
 # As SSD-1B was cut from SDXL and Flex from FLUX: whole blocks are left out.
@@ -108,24 +101,17 @@ SILENT = {
 
 
 class Painter(nn.Module):
-    """A diffusion model of images with its text encoder, called the way a UNet is.
+    """A diffusion model of images with its text encoder, called the way a UNet is."""
 
-    A UNet sees 12 × 12 places and a transformer 6 × 6, whatever the shape of an image: what is
-    larger is folded into channels.
-    """
-
-    def __init__(self, arch: str, kind: str, shape: tuple[int, int, int] = (3, 24, 24)) -> None:
+    def __init__(self, arch: str, kind: str) -> None:
         super().__init__()
         import diffusers
 
         flux = arch == "flux"
         build = diffusers.FluxTransformer2DModel if flux else diffusers.UNet2DConditionModel
         changes = CONFIGS.get(kind, {}).get(arch, {})
-        channels, side, _ = shape
-        self.arch, self.fold = arch, side // (6 if flux else 12)
-        folded = {"in_channels": channels * self.fold**2}
-        folded |= {} if flux else {"out_channels": channels * self.fold**2}
-        self.backbone = build(**((FLUX if flux else UNET) | folded | changes))
+        self.arch, self.fold = arch, 4 if flux else 2
+        self.backbone = build(**((FLUX if flux else UNET) | changes))
         self.text_encoder = new_text_encoder().requires_grad_(False)
 
     def encode(self, y: Tensor) -> Tensor:
@@ -136,35 +122,14 @@ class Painter(nn.Module):
         self, x: Tensor, timestep: Tensor, tokens: Tensor, return_dict: bool = False
     ) -> tuple[Tensor]:
         """Images (n, c, h, w), times (n,), (n, 4, 64) -> the prediction, as a 1-tuple."""
-        if self.arch == "unet":
-            folded = F.pixel_unshuffle(x, self.fold)
-            out = self.backbone(folded, timestep, tokens, return_dict=False)[0]
-            return (F.pixel_shuffle(out, self.fold),)
-        rows, columns = torch.meshgrid(torch.arange(6.0), torch.arange(6.0), indexing="ij")
-        places = torch.stack([torch.zeros(36), rows.flatten(), columns.flatten()], -1)
-        out = self.backbone(
-            hidden_states=F.pixel_unshuffle(x, self.fold).flatten(2).mT,
-            encoder_hidden_states=tokens,
-            pooled_projections=tokens.mean(1),
-            timestep=timestep / 1000,
-            img_ids=places,
-            txt_ids=torch.zeros(tokens.shape[1], 3),
-            return_dict=False,
-        )[0]
-        return (F.pixel_shuffle(out.mT.unflatten(2, (6, 6)), self.fold),)
+        if self.arch == "flux":
+            return (run_transformer(self.backbone, x, self.fold, timestep, tokens),)
+        folded = F.pixel_unshuffle(x, self.fold)
+        out = self.backbone(folded, timestep, tokens, return_dict=False)[0]
+        return (F.pixel_shuffle(out, self.fold),)
 
 
-def backbone(model: nn.Module) -> nn.Module:
-    """The diffusers model inside: its module names are the ones LoRAs use."""
-    return model.backbone
-
-
-def origin(arch: str, kind: str, name: str) -> str:
-    """The source's name of a target's module or parameter."""
-    for new, old in RENAMED.get((kind, arch), {}).items():
-        if name.startswith(new):
-            return old + name.removeprefix(new)
-    return name
+origin = partial(find_origin, RENAMED)
 
 
 def is_new(arch: str, kind: str, name: str) -> bool:
