@@ -30,8 +30,10 @@ from gpu.steps import make_weights
 import prolora
 from prolora.core.svd import krylov, stacks
 
-HEADLINES = [(64, 1280, 1280, 128), (8, 3072, 3072, 128), (64, 1280, 1280, 0.99)]
+STACKS = [(64, 1280, 1280, 128), (8, 3072, 3072, 128), (64, 1280, 1280, 0.99)]
 """The stacks that the goals are about: (matrices, rows, columns, rank)."""
+HEADLINES = [(b, *size) for most, *size in STACKS for b in (2, most)]
+IN_16_BITS = [case for case in HEADLINES if case[-1] == 128]
 # The other shapes of SDXL and FLUX.1, for the model of a whole base.
 MODELS = [
     *((2, m, n, 128) for m, n in ((640, 640), (1280, 2048), (640, 2048), (10240, 1280))),
@@ -39,6 +41,14 @@ MODELS = [
     *((2, m, n, 128) for m, n in ((12288, 3072), (3072, 12288), (3072, 15360))),
     *((2, m, n, 0.9) for m, n in ((1280, 1280), (640, 640), (1280, 2048), (640, 2048))),
 ]
+LABELS: dict[str, tuple[list[Any], dict[str, Any]]] = {
+    "after": (HEADLINES, {}),
+    "models": (MODELS, {}),
+    "models, slow float64": (MODELS, {"slow_float64": True}),
+    "stored": (IN_16_BITS, {"stored": "torch"}),
+    "krylov_block": (IN_16_BITS, {"stored": "krylov_block"}),
+}
+"""Label -> what is counted: stacks, on what card, and by what they are multiplied in 16 bits."""
 
 
 @contextmanager
@@ -125,25 +135,13 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("label")
-    parser.add_argument("--matrices", type=int, help="instead of the stack's own number")
-    parser.add_argument("--models", action="store_true", help="count the other shapes instead")
-    parser.add_argument("--slow-float64", action="store_true", help="as on a card for games")
-    parser.add_argument(
-        "--stored", default="", help="torch or krylov_block: weights in 16 bits, k = 128 alone"
-    )
+    parser.add_argument("label", choices=LABELS)
     words = parser.parse_args()
     torch.set_num_threads(1)  # the stack stays in this thread, where it is counted
-    wanted = [
-        (matrices, m, n, rank)
-        for b, m, n, rank in HEADLINES
-        for matrices in sorted({2, words.matrices or b})
-    ]
+    stacks, options = LABELS[words.label]
     cases = []
-    for case in MODELS if words.models else wanted:
-        if words.stored and case[-1] != 128:
-            continue
-        cases.append(count_case(*case, words.slow_float64, words.stored))
+    for stack in stacks:
+        cases.append(count_case(*stack, **options))
         summary = {k: v for k, v in cases[-1].items() if k not in ("calls", "stages")}
         print(json.dumps(summary), flush=True)
         known = json.loads(words.out.read_text()) if words.out.exists() else {}

@@ -24,6 +24,7 @@ from results import (
     fill_page,
     format_cell,
     format_table,
+    read_terrain,
     recovered,
     save_figure,
 )
@@ -106,21 +107,12 @@ def baselines_table(table: Table) -> str:
     return format_table(["", *BASELINES, "best copy"], lines)
 
 
-TERRAIN = ROOT / "bench/results/terrain.json"
 MOVES = {
     "forward": "terrain",
     "back": "terrain, back",
     "merged": "terrain, merged",
     "far": "terrain, far",
 }
-
-
-def read_terrain() -> Table:
-    """The rows of terrain, in the form of the study's; a LoRA that learnt nothing has no share."""
-    rows = json.loads(TERRAIN.read_text())["rows"]
-    facts = [{key: row["losses"][key] for key in ("none", "oracle")} for row in rows]
-    moved = [{"kind": MOVES[row["direction"]], "arch": ""} for row in rows]
-    return Table([row | x | y for row, x, y in zip(rows, facts, moved, strict=True)])
 
 
 def share_at(row: Row, strength: float) -> float | None:
@@ -139,7 +131,8 @@ def measure_strengths(
 ) -> list[tuple[str, str, dict[float, Mean | None]]]:
     """(kind, world, strength -> what a copy gives), for the strengths that reports name."""
     rows = []
-    for world, table in {**worlds, "terrain": read_terrain()}.items():
+    terrain = Table([row | {"kind": MOVES[row["kind"]]} for row in read_terrain()])
+    for world, table in {**worlds, "terrain": terrain}.items():
         present = {row["kind"] for row in table.rows} - {"independent"}  # refused
         for kind in (k for k in dict.fromkeys([*PRACTICE, *MOVES.values()]) if k in present):
             part = table.where(kind=kind)

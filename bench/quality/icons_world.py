@@ -149,6 +149,7 @@ WORLD = World(
     null_prompt=NULL_PROMPT,
     kinds=KINDS,
     variants=("same start",),
+    variants_seed=1,
     fresh=("source", "independent", "resized", "same start"),
     adapters=("neon", "duotone", "concept", "fewstep"),
     ranks=RANKS,

@@ -157,6 +157,20 @@ class Table:
         return self.mean(lambda row: recovered(row, label))
 
 
+TERRAIN = Path(__file__).parents[1] / "results/terrain.json"
+
+
+def read_terrain() -> list[Row]:
+    """The rows of terrain, in the form of the study's: each idea and kind of LoRA is an adapter."""
+    return [
+        row
+        | {key: row["losses"][key] for key in ("none", "oracle")}
+        | {"arch": "", "kind": row["direction"], "layers": row["adapter"]}
+        | {"adapter": f"{row['idea']}, {row['adapter']}"}
+        for row in json.loads(TERRAIN.read_text())["rows"]
+    ]
+
+
 def best(table: Table, labels: Iterable[str]) -> str:
     """The label with the highest mean share; the first of them where nothing was run."""
     labels = list(labels)

@@ -21,30 +21,21 @@ from torch import nn
 from worlds import NAMES, World, load_world
 
 SEEDS = (0, 1, 2)
-ARCHS = ("unet", "flux")
+ARCHS = ("flux", "unet")
 
 
 def targets(world: World) -> list[tuple[str, str, int]]:
-    """Every (arch, kind, seed) that LoRAs are moved to, the most telling first."""
-    if world.name != "digits":
-        # The transformers cost half as much as the UNets, and one of them teaches the words.
-        return [
-            (arch, kind, seed)
-            for seed in SEEDS
-            for arch in ARCHS[::-1]
-            for kind in world.kinds
-            if seed == SEEDS[0] or kind not in world.once
-        ] + [("flux", kind, 1) for kind in world.variants]
-    related = [kind for kind in world.kinds if kind not in world.fresh]
-    targets_by_seed = [(arch, kind, 0) for kind in (*related, "independent") for arch in ARCHS]
-    targets_by_seed += [("flux", kind, 0) for kind in world.variants]
-    targets_by_seed += [
-        (arch, kind, seed) for seed in SEEDS[1:] for kind in related for arch in ARCHS
-    ]
-    whole = [kind for kind in world.fresh[1:] if kind in world.kinds]
-    fresh = [(arch, kind, seed) for kind in whole for seed in SEEDS for arch in ARCHS]
-    fresh.sort(key=lambda target: target[0])  # the transformers cost a third of the UNets
-    return targets_by_seed + [target for target in fresh if target not in targets_by_seed]
+    """Every (arch, kind, seed) that LoRAs are moved to, the most telling first.
+
+    The transformers cost a third to half of the UNets.
+    """
+    return [
+        (arch, kind, seed)
+        for seed in SEEDS
+        for arch in ARCHS
+        for kind in world.kinds
+        if seed == SEEDS[0] or kind not in world.once
+    ] + [("flux", kind, world.variants_seed) for kind in world.variants]
 
 
 def training_jobs(world: World, root: Path) -> list[Job]:
@@ -70,7 +61,7 @@ def training_jobs(world: World, root: Path) -> list[Job]:
         for adapter in world.adapters_for(kind):
             add_lora(folder, kind, seed, adapter)
 
-    for arch in ARCHS[::-1] if world.teaches_words else ARCHS:
+    for arch in ARCHS:
         add_base(Folder(world, root, arch), "source", BASE_SEED)
     for arch, kind, seed in targets(world):
         folder = Folder(world, root, arch)
@@ -151,15 +142,10 @@ def main() -> None:
     torch.set_num_threads(1)
     world = load_world(options.world)
     # What is ready to be scored comes first, so that early results can be looked at.
-    scoring = scoring_jobs(world, options.work)
-    waiting = ("unet/*-[12]-samples.json",)
-    if world.name != NAMES[0]:
-        waiting = ("*/*-samples.json",)
-    late = [job for job in scoring if any(job.path.match(path) for path in waiting)]
+    scoring, training = scoring_jobs(world, options.work), training_jobs(world, options.work)
+    late = [job for job in scoring if job.path.match("*-samples.json")]
     early = [job for job in scoring if job not in late]
-    training = training_jobs(world, options.work)
-    sources, rest = training[: len(ARCHS)], training[len(ARCHS) :]
-    run_jobs([*early, *sources, judge_job(world, options.work), *rest, *late])
+    run_jobs([*early, *training, judge_job(world, options.work), *late])
 
 
 if __name__ == "__main__":

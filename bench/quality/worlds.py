@@ -77,6 +77,7 @@ class World:
     judged_rows: int = 320  # held-out images, or held-out teacher pairs, behind every loss
     once: tuple[str, ...] = ()  # kinds of which there is one seed
     sampled_seeds: tuple[int, ...] = (0, 1, 2)  # whose targets have samples
+    variants_seed: int = 0  # of the one target of each variant
     guidance: float = 2.0  # of samples
 
     def source_of(self, kind: str) -> str:

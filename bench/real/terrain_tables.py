@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1] / "quality"))
 
 # isort: split
-from results import MIN_GAP, Mean, fill_page, format_cell, format_table, interval
+from results import MIN_GAP, Row, Table, fill_page, format_cell, format_table, read_terrain
 
 HERE = Path(__file__).parent
-RESULTS = HERE.parent / "results" / "terrain.json"
-Row = dict[str, Any]
 METHODS = (
     "none",
     "copy @ 1",
@@ -35,15 +30,6 @@ METHODS = (
 DIRECTIONS = {"forward": "0.4.1 → 0.4.2", "back": "0.4.2 → 0.4.1"}
 
 
-def mean_of(rows: list[Row], value: Callable[[Row], float | None]) -> Mean | None:
-    """With a 95 % interval over seeds and LoRAs."""
-    values = {
-        ((row["direction"], row["seed"]), (row["idea"], row["adapter"])): value(row) for row in rows
-    }
-    known = {key: number for key, number in values.items() if number is not None}
-    return interval(known) if known else None
-
-
 def best_fixed(rows: list[Row]) -> str:
     """The copy whose strength is best in the mean over some rows."""
     names = [name for name in rows[0]["shares"] if name.startswith("copy")]
@@ -60,11 +46,11 @@ def shares_table(rows: list[Row]) -> str:
         cells = [method]
         for name, part in parts.items():
             label = best.get(name, "") if method == "best fixed copy" else method
-            cells.append(format_cell(mean_of(part, lambda row: row["shares"].get(label))))  # noqa: B023
+            cells.append(format_cell(Table(part).mean(lambda row: row["shares"].get(label))))  # noqa: B023
             if method == "best fixed copy":
                 cells[-1] += f" @ {label.removeprefix('copy @ ')}"
         label = "copy @ 1" if method == "best fixed copy" else method
-        on_fits = mean_of(same, lambda row: row["shares"].get(label))  # noqa: B023
+        on_fits = Table(same).mean(lambda row: row["shares"].get(label))  # noqa: B023
         cells.append("" if method == "best fixed copy" else format_cell(on_fits))
         lines.append(cells)
     counts = [f"{title}, {len(parts[name])} LoRAs" for name, title in DIRECTIONS.items()]
@@ -73,14 +59,14 @@ def shares_table(rows: list[Row]) -> str:
 
 def adapters_table(rows: list[Row]) -> str:
     """A line for each kind of LoRA, with the rows of one seed and the ideas that all kinds have."""
-    kinds = list(dict.fromkeys(row["adapter"] for row in rows))
-    ideas = [{row["idea"] for row in rows if row["adapter"] == kind} for kind in kinds]
+    kinds = list(dict.fromkeys(row["layers"] for row in rows))
+    ideas = [{row["idea"] for row in rows if row["layers"] == kind} for kind in kinds]
     rows = [row for row in rows if row["seed"] == 0 and row["idea"] in set.intersection(*ideas)]
     methods = ("copy @ 1", "prolora 0.9", "lora-x 0.9", "casa", "delta sampling")
     lines = []
     for kind in kinds:
-        part = [row for row in rows if row["adapter"] == kind]
-        cells = (mean_of(part, lambda row: row["shares"][method]) for method in methods)  # noqa: B023
+        part = [row for row in rows if row["layers"] == kind]
+        cells = (Table(part).mean(lambda row: row["shares"][method]) for method in methods)  # noqa: B023
         best = best_fixed(part)
         lines.append([kind, str(len(part)), *map(format_cell, cells), mean_share(part, best)])
     return format_table(["LoRA", "n", *methods, "best fixed copy"], lines)
@@ -90,8 +76,8 @@ def ideas_table(rows: list[Row]) -> str:
     """A line for each kind of LoRA: losses in the mean over seeds and directions."""
     methods = ("copy @ 1", "prolora 0.9", "delta sampling", "oracle")
     lines = []
-    for key in dict.fromkeys((row["adapter"], row["idea"]) for row in rows):
-        part = [row for row in rows if (row["adapter"], row["idea"]) == key]
+    for key in dict.fromkeys((row["layers"], row["idea"]) for row in rows):
+        part = [row for row in rows if (row["layers"], row["idea"]) == key]
         cells = [sum(row["losses"][name] for row in part) / len(part) for name in methods]
         counted = "yes" if all(is_learnt(row) for row in part) else "no"
         lines.append([" ".join(key), str(len(part)), *(f"{c:.2f}" for c in cells), counted])
@@ -112,7 +98,7 @@ def samples_table(rows: list[Row]) -> str:
         part = [row for row in rows if method in row["samples"]]
         if part:
             cells = [
-                format_cell(mean_of(part, lambda row: row["samples"][method][name]))  # noqa: B023
+                format_cell(Table(part).mean(lambda row: row["samples"][method][name]))  # noqa: B023
                 for name in statistics
             ]
             lines.append([method, str(len(part)), *cells])
@@ -127,10 +113,10 @@ def mean_share(rows: list[Row], label: str) -> str:
 
 
 def main() -> None:
-    rows = [row for row in json.loads(RESULTS.read_text())["rows"] if "shares" in row]
+    rows = [row for row in read_terrain() if "shares" in row]
     learnt = [row for row in rows if is_learnt(row)]
     real = [row for row in learnt if row["direction"] in DIRECTIONS]
-    usual = [row for row in real if row["adapter"] == "lora-16"]
+    usual = [row for row in real if row["layers"] == "lora-16"]
     page = HERE / "README.md"
     tables = {
         "terrain shares": shares_table(usual),
