@@ -184,7 +184,7 @@ MISTAKES = {
     "a program that is none": ((*MOVE, *TO, "--for", "comfyy"), "'comfyy' is not one of"),
     "a device that is none": ((*MOVE, *TO, "--device", "gpu"), "no device is called 'gpu': use"),
     "a misspelt command": (("tranfer",), "No such command 'tranfer'. Did you mean 'transfer'?"),
-    "a word for a number": ((*MOVE, *TO, "--strength", "two"), "should be a valid number"),
+    "a word for a number": ((*MOVE, *TO, "--strength", "two"), "'--strength' … a valid"),
     "a rank that is none": ((*MOVE, *TO, "--rank", "many"), "takes an integer or a share"),
     "an output rank of zero": ((*MOVE, *TO, "--out-rank", "0"), "--out-rank must be"),
     "a size that is none": ((*MOVE, *TO, "--max-memory", "lots"), "a size such as"),

@@ -242,19 +242,19 @@ def expand_options(*without: str) -> Callable[[Callable[..., None]], Callable[..
     """
 
     def expand(command: Callable[..., None]) -> Callable[..., None]:
-        hints = typing.get_type_hints(command, include_extras=True)
+        # Python 3.10's `get_type_hints` hides an `Annotated` with the default None in an Optional.
+        signature = inspect.signature(command, eval_str=True)
         groups = {
             name: (kind, [p for p in _list_parameters(kind) if p.name not in without])
-            for name, kind in hints.items()
+            for name, kind in ((x.name, x.annotation) for x in signature.parameters.values())
             if dataclasses.is_dataclass(kind)
         }
         parameters: list[inspect.Parameter] = []
-        for parameter in inspect.signature(command).parameters.values():
+        for parameter in signature.parameters.values():
             if parameter.name in groups:
                 parameters += groups[parameter.name][1]
             else:
-                hint = hints[parameter.name]
-                parameters.append(parameter.replace(kind=parameter.KEYWORD_ONLY, annotation=hint))
+                parameters.append(parameter.replace(kind=parameter.KEYWORD_ONLY))
 
         @functools.wraps(command)
         def run(**values: Any) -> None:
