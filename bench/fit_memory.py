@@ -66,6 +66,16 @@ def make_call(model: UNet2DConditionModel, samples: int, pixels: int) -> Call:
     return Call((x, torch.full((samples,), 500.0), text), kwargs)
 
 
+def make_problem(
+    model: UNet2DConditionModel, names: list[str], call: Call, steps: int, rank: int
+) -> JointProblem:
+    """The fit of a change of a tenth of random numbers."""
+    with torch.no_grad():
+        plain = output_of(model(*call.args, **call.kwargs))
+    probes = [ProbeBatch(call, plain, plain + 0.1 * torch.randn_like(plain))]
+    return JointProblem(model, names, output_of, lambda: probes, steps, 1.0, rank)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", choices=["sd15", "sdxl"], default="sd15")
@@ -86,13 +96,10 @@ def main() -> None:
         "GB_loaded": peak_gigabytes(),
     }
     with frozen(model), in_float32(model):
-        with torch.no_grad():
-            plain = output_of(model(*call.args, **call.kwargs))
+        problem = make_problem(model, names, call, given.steps, given.rank)
         result["GB_prediction"] = peak_gigabytes()
-        probes = [ProbeBatch(call, plain, plain + 0.1 * torch.randn_like(plain))]
         started = time.process_time()
-        shape = given.steps, 1.0, given.rank
-        fit = fit_jointly(JointProblem(model, names, output_of, lambda: probes, *shape))
+        fit = fit_jointly(problem)
     result |= {
         "GB_fit": peak_gigabytes(),
         "processor_seconds": round(time.process_time() - started, 1),

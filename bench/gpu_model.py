@@ -7,7 +7,6 @@ synchronisation costs WAIT. Good to about a factor of two, and useful to see whi
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections import Counter
 from dataclasses import dataclass
@@ -134,10 +133,7 @@ def estimate_stack(case: dict[str, Any], matrices: int, card: Card) -> dict[str,
 
 
 def estimate_model(
-    cases: list[dict[str, Any]],
-    shapes: dict[tuple[int, int], int],
-    rank: int | float,
-    card: Card,
+    cases: list[dict[str, Any]], shapes: dict[tuple[int, int], int], rank: int | float, card: Card
 ) -> dict[str, float]:
     """Seconds of each stage for all weights of a model."""
     total = Counter[str]()
@@ -240,12 +236,5 @@ def _milliseconds(seconds: float | None) -> str:
     return "–" if seconds is None else f"{float(f'{1e3 * seconds:.2g}'):g}"
 
 
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("counts", type=Path, nargs="?", default=RESULTS)
-    print(render_model(json.loads(parser.parse_args().counts.read_text())))
-
-
 if __name__ == "__main__":
-    main()
+    print(render_model(json.loads(RESULTS.read_text())))

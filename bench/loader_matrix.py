@@ -553,23 +553,20 @@ def main() -> None:
     open_program = program.open(arguments.checkout.resolve())
     WHOLE.update(filter(program.counts_blocks, known_families()))
     version = ", ".join(filter(None, [arguments.version, describe_checkout(arguments.checkout)]))
-    before = raw.get(arguments.program, {}).get("families", {}) if arguments.families else {}
     if arguments.files:
         kinds = compare_files(open_program, arguments.program, arguments.files)
         raw[arguments.program]["kinds"] = kinds
-        arguments.json.write_text(format_counts(raw), "utf-8")
-        return
-    if arguments.alpha:
+    elif arguments.alpha:
         add_alphas(open_program, raw[arguments.program]["families"])
-        arguments.json.write_text(format_counts(raw), "utf-8")
-        return
-    facts = raw.setdefault(arguments.program, {})
-    facts |= {"title": program.title, "version": version, "how": "run", "families": before}
-    for table in tabulate(
-        open_program, arguments.families or list(known_families()), program.reads_text
-    ):
-        facts["families"] = {**before, **table}
-        arguments.json.write_text(format_counts(raw), "utf-8")
+    else:
+        before = raw.get(arguments.program, {}).get("families", {}) if arguments.families else {}
+        facts = raw.setdefault(arguments.program, {})
+        facts |= {"title": program.title, "version": version, "how": "run", "families": before}
+        families = arguments.families or list(known_families())
+        for table in tabulate(open_program, families, program.reads_text):
+            facts["families"] = {**before, **table}
+            arguments.json.write_text(format_counts(raw), "utf-8")
+    arguments.json.write_text(format_counts(raw), "utf-8")
 
 
 def format_counts(raw: Mapping[str, Any]) -> str:

@@ -21,7 +21,13 @@ def _scripts_can_be_imported(monkeypatch):
 def test_a_prompt_is_the_number_of_its_four_words():
     from icons import words
 
-    y = torch.tensor([words.read_prompt("heart silhouette ink-red on-blue"), words.NULL_PROMPT])
+    parts = zip(
+        (words.WHAT, words.STYLE, words.INK, words.GROUND),
+        ("heart", "silhouette", "ink-red", "blue"),
+        strict=True,
+    )
+    number = words.prompt_number(*(torch.tensor(known.index(word)) for known, word in parts))
+    y = torch.stack([number, torch.tensor(words.NULL_PROMPT)])
     ids = words.word_ids(y)
     read = [words.VOCABULARY[i] for i in ids[0]]
     assert read == ["heart", "silhouette", "ink-red", "on-blue"]

@@ -15,9 +15,7 @@ import torch
 import prolora
 from prolora.fitting.models import frozen, in_precision
 from prolora.fitting.settings import BFLOAT16
-from prolora.fitting.sides import output_of
-from prolora.fitting.solver.joint_fit import JointProblem, fit_jointly
-from prolora.fitting.solver.linearisation import ProbeBatch
+from prolora.fitting.solver.joint_fit import fit_jointly
 from prolora.fitting.swapping import BlockSwapping
 
 from .clock import peak_memory
@@ -131,11 +129,7 @@ def fit_step(bench: Bench) -> None:
     swapping.keep(sum(swapping.sizes.values()) // 2)
     assert swapping.away and len(swapping.away) < len(swapping.blocks)
     with frozen(model), in_precision(model, BFLOAT16):
-        with torch.no_grad():
-            plain = output_of(model(*call.args, **call.kwargs))
-        wanted = plain + 0.1 * torch.randn_like(plain)
-        probes = [ProbeBatch(call, plain, wanted)]
-        problem = JointProblem(model, names, output_of, lambda: probes, 1, 1.0, 8)
+        problem = fit_memory.make_problem(model, names, call, 1, 8)
         begun, fits = time.perf_counter(), []
         peak = peak_memory(lambda: fits.append(fit_jointly(problem)), bench.device)
     case = f"{len(names)} modules, {len(swapping.away)} of {len(swapping.blocks)} blocks away"

@@ -12,12 +12,7 @@ from prolora.architectures.layouts import load_layout
 
 from .common import Keys, Open, Read, enter, name_weights, with_alphas
 
-LIGHTX2V_NAMES = {
-    "ltx2": "model.diffusion_model.",
-    "qwen-image": "",
-    "wan": "",
-    "z-image": "",
-}
+LIGHTX2V_NAMES = {"ltx2": "model.diffusion_model.", "qwen-image": "", "wan": "", "z-image": ""}
 """Families whose runners apply LoRAs -> what stands before the names of the weights there.
 
 Z-Image's are diffusers' names, the others' are the authors', which Qwen-Image shares.

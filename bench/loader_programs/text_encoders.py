@@ -10,11 +10,7 @@ from torch import nn
 
 from prolora.architectures.layouts import load_layout
 
-CLIP = {
-    "clip-l": (768, 12),
-    "clip-h": (1024, 23),
-    "clip-bigg": (1280, 32),
-}
+CLIP = {"clip-l": (768, 12), "clip-h": (1024, 23), "clip-bigg": (1280, 32)}
 """Encoder -> width and layers; SD2.1 has no last layer."""
 
 

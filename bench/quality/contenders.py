@@ -81,10 +81,6 @@ def make_cases(
     }
 
 
-def copy_updates(case: Case) -> Updates:
-    return case.updates
-
-
 SPLITS: dict[str, Callable[[Side], Tensor]] = {
     # The paper's ablation: without the complement.
     "subspace": lambda side: side.within,
@@ -243,7 +239,7 @@ def scale_updates(updates: Updates, strength: float) -> Updates:
 STRENGTHS = (0.25, 0.4, 0.6, 0.8, 1.0, 1.25)
 
 METHODS: dict[str, Callable[[Case], Updates]] = {
-    "copy": copy_updates,
+    "copy": lambda case: case.updates,
     "norm-matched": match_norms,
     "extracted": extract_difference,
     "casa": arbitrate,

@@ -62,7 +62,7 @@ RENAMED = {
     ("pruned", "unet"): {
         "up_blocks.0.attentions.1.transformer_blocks.0.": (
             "up_blocks.0.attentions.1.transformer_blocks.1."
-        ),
+        )
     },
     ("pruned", "flux"): {"single_transformer_blocks.1.": "single_transformer_blocks.3."},
 }

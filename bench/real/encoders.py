@@ -16,10 +16,7 @@ from torch import Tensor, nn
 RXNFP = {"pretrained": "bert_pretrained", "10k": "bert_ft_10k_25s", "pistachio": "bert_ft"}
 SAPIENS = {"heavy": "checkpoint_vh.pt", "light": "checkpoint_vl.pt"}
 OF_RXNFP, OF_SAPIENS = "rxnfp/models/transformers", "sapiens/models/v1"
-SWAPPED = {
-    "rxnfp": {"Cl": "Br", "F": "Br"},
-    "sapiens": {"K": "R", "D": "E", "I": "V", "L": "V"},
-}
+SWAPPED = {"rxnfp": {"Cl": "Br", "F": "Br"}, "sapiens": {"K": "R", "D": "E", "I": "V", "L": "V"}}
 """Token -> what *swapped* reads it as: halogens as bromine, residues as their likes."""
 MASKED = 0.15
 SEQUENCES, LONGEST = 480, 62

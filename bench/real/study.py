@@ -106,15 +106,15 @@ class Study:
 
         def moved(part: Path) -> None:
             scores = score_methods(open_network(bases[0]), exam(), load_lora(own))
-            write_json(part, scores | {"commit": git("rev-parse", "--short", "HEAD")})
+            part.write_text(json.dumps(scores | {"commit": git("rev-parse", "--short", "HEAD")}))
 
         def trained(part: Path) -> None:
-            write_json(part, score_oracle(exam(), load_lora(oracle)))
+            part.write_text(json.dumps(score_oracle(exam(), load_lora(oracle))))
 
         def fitted(part: Path) -> None:
             scores, moved = score_fit(open_network(bases[0]), exam(), load_lora(own))
             save_lora(moved, self.moved_path(direction, which))
-            write_json(part, scores)
+            part.write_text(json.dumps(scores))
 
         name = self.work / "scores" / which.name(direction)
         jobs = [
@@ -124,10 +124,6 @@ class Study:
         if which.seed < self.fits and direction in DIRECTIONS:
             jobs.append(Job(Path(f"{name}-fit.json"), (own,), fitted))
         return jobs
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content))
 
 
 @cache
@@ -141,9 +137,7 @@ def open_network(path: Path) -> Network:
     return network.to(memory_format=torch.channels_last)
 
 
-@cache
-def open_maps(data: Path) -> Maps:
-    return Maps(data)
+open_maps = cache(Maps)
 
 
 def measure_size(study: Study, version: str, which: Which) -> float:

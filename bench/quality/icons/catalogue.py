@@ -1,8 +1,4 @@
-"""What is drawn: icons by word, the sets they come from with their licences, and colours."""
-
-from __future__ import annotations
-
-from typing import NamedTuple
+"""What is drawn: icons by word, the sets they come from (LICENCES.md has these), and colours."""
 
 # Word of a prompt -> names of its icons, the same in every set.
 WORDS = {
@@ -29,54 +25,8 @@ CONCEPT = "butterfly"
 ICONS = [(word, icon) for word, icons in WORDS.items() for icon in icons.split()]
 
 
-class IconSet(NamedTuple):
-    """A package of icons and the terms under which they are used."""
-
-    package: str  # name and version on npm
-    sha256: str  # of the packed archive
-    licence: str  # SPDX identifier
-    credit: str  # who made it, as the licence asks to say
-
-
-# Word of the drawing style -> its set. The last one has silhouettes, drawn in one ink.
-SETS = {
-    "noto": IconSet(
-        "@iconify-json/noto@1.2.9",
-        "3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad",
-        "Apache-2.0",
-        "Noto Emoji, Google",
-    ),
-    "blob": IconSet(
-        "@iconify-json/noto-v1@1.2.5",
-        "2bf62c26c2c2884aa99e90aec942cdaee17a5921f05690694f4978ad4b017c37",
-        "Apache-2.0",
-        "Noto Emoji (version 1), Google",
-    ),
-    "twemoji": IconSet(
-        "@iconify-json/twemoji@1.2.5",
-        "19046dff7d8707ce96212ec86468b36ac5f8e60409629dd13f809265c6d0ebb7",
-        "CC-BY-4.0",
-        "Twemoji, Twitter and other contributors",
-    ),
-    "fluent": IconSet(
-        "@iconify-json/fluent-emoji-flat@1.2.6",
-        "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175",
-        "MIT",
-        "Fluent Emoji, Microsoft Corporation",
-    ),
-    "emojione": IconSet(
-        "@iconify-json/emojione@1.2.3",
-        "26a14f44284407e8bcde91799388dca2bfd91dbcd55a97f425524a1c5b73610e",
-        "CC-BY-4.0",
-        "EmojiOne 2, Ranks.com, kept as EmojiTwo",
-    ),
-    "silhouette": IconSet(
-        "@iconify-json/fluent-emoji-high-contrast@1.2.6",
-        "0b92d48c90d2200bd499e3cdd09a127ca6a8c8ddefd34c35eb5a1e4994012ae0",
-        "MIT",
-        "Fluent Emoji (high contrast), Microsoft Corporation",
-    ),
-}
+SETS = ("noto", "blob", "twemoji", "fluent", "emojione", "silhouette")
+"""Words of the drawing styles, each a set of icons; the last has silhouettes, drawn in one ink."""
 MASTER = 32  # pixels of an icon in the sheet
 
 GROUNDS = {

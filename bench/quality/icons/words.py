@@ -45,18 +45,6 @@ def all_prompts() -> Tensor:
     return y[(style == STYLE.index("silhouette")) == (ink > 0)]
 
 
-def read_prompt(text: str) -> int:
-    """The prompt of four words, "cat twemoji many on-blue"."""
-    what, style, ink, ground = text.split()
-    parts = (
-        WHAT.index(what),
-        STYLE.index(style),
-        INK.index(ink),
-        GROUND.index(ground.removeprefix("on-")),
-    )
-    return int(prompt_number(*(torch.tensor([part]) for part in parts)))
-
-
 def draw_prompts(n: int, generator: torch.Generator, concept: bool = False) -> Tensor:
     """n prompts that the pictures may have: (n,). Silhouettes have an ink unlike the ground."""
     what = torch.randint(len(WHAT) - 1, (n,), generator=generator)
