@@ -7,8 +7,8 @@ import pickle
 import threading
 
 import mini
-import pytest
 import torch
+from fresh import forks, start_fork
 from safetensors.torch import load_file
 
 from prolora import Lora, open_base
@@ -19,16 +19,15 @@ def read_wrong(lora, wanted, rounds: int = 20) -> int:
     return sum(not torch.equal(lora.read(k), x) for _ in range(rounds) for k, x in wanted.items())
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no processes are forked here")
+@forks
 def test_forked_processes_read_an_open_lora_as_it_is_stored(tmp_path):
     path, *_ = mini.write_case(tmp_path)
-    children = []
     with Lora.open(path) as lora:
-        for _ in range(4):
-            child = os.fork()
-            if not child:
-                os._exit(min(read_wrong(lora, load_file(path)), 99))
-            children.append(child)
+
+        def read():
+            assert read_wrong(lora, load_file(path)) == 0
+
+        children = [start_fork(read) for _ in range(4)]
         assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fresh import forks, start_fork
 from mini import source_weights, write_case, write_folder
 from safetensors.torch import save_file
 from spectra import weights
@@ -134,22 +135,6 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(prolora.errors.OutputError, match="cache folder"):
         prolora.transfer(*write_case(tmp_path), cache=tmp_path / "file" / "cache")
-
-
-def start_fork(work):
-    """Starts a process that does some work; its id."""
-    process = os.fork()
-    if not process:
-        torch.set_num_threads(1)
-        try:
-            work()
-        except BaseException:
-            os._exit(1)
-        os._exit(0)
-    return process
-
-
-forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="no processes are forked here")
 
 
 @pytest.fixture

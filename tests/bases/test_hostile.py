@@ -2,13 +2,13 @@
 
 import json
 import random
-import subprocess
 import sys
 import time
 
 import pytest
 from checkpoints import sparse_file, sparse_shards
 from damaged import damage
+from fresh import run_fresh
 from property_examples import examples
 
 from prolora import open_base
@@ -134,28 +134,22 @@ def test_tens_of_thousands_of_keys_open_in_seconds(form, tmp_path):
 
 
 def opening_peak(*paths):
-    """How far the resident memory of a fresh process rises while it opens bases, in bytes.
-
-    VmHWM begins anew with the program, while ru_maxrss begins at the parent's resident size.
-    """
+    """How far the resident memory of a fresh process rises while it opens bases, in bytes."""
     program = """
-import sys, json
-paths, sys.path[:0] = json.loads(sys.argv[1]), sys.argv[2:]
-import prolora
+import sys, prolora
 prolora.open_base, prolora.ProLoRAError  # loads torch, which is no part of opening
 def peak():
     return int(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0]) << 10
+open("/proc/self/clear_refs", "w").write("5")  # the peak so far is forgotten
 before = peak()
-for path in paths:
+for path in sys.argv[1:]:
     try:
         prolora.open_base(path)
     except prolora.ProLoRAError:
         pass
 print(peak() - before)
 """
-    order = json.dumps([str(path) for path in paths])
-    line = [sys.executable, "-c", program, order, *sys.path]
-    return int(subprocess.run(line, check=True, capture_output=True, text=True).stdout)
+    return int(run_fresh(program, *paths))
 
 
 COUNT = 15_000

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import time
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 import tiny_pipelines as tiny
-import torch
+from fresh import forks, start_fork
 
 import prolora
 from prolora.fitting.pipelines.pipeline_opening import open_pipeline
@@ -82,13 +81,10 @@ def test_each_lora_of_a_folder_gets_what_it_gets_alone_for_fewer_predictions(
     assert len(sampled) == 12 + 4 * (len(names) - 1)  # of the next, the source with it alone
 
 
+@forks
 def test_a_run_that_is_killed_in_the_second_lora_goes_on_and_leaves_nothing_behind(room, tmp_path):
-    out, child = tmp_path / "out", os.fork()
-    if not child:
-        with contextlib.suppress(BaseException):
-            torch.set_num_threads(1)
-            fit_all(room, out)
-        os._exit(0)
+    out = tmp_path / "out"
+    child = start_fork(lambda: fit_all(room, out))
     while not (out / "a.safetensors").exists():
         time.sleep(0.01)
     while not any(out.glob(".prolora-parts/images-adapted-*")):

@@ -8,6 +8,7 @@ from importlib import import_module
 import pytest
 import torch
 from fleet_files import some_tensors
+from fresh import forks, start_fork
 from lora_files import read_header, same_bits
 from mini import lora_tensors, source_weights, write_case
 from safetensors.torch import load_file, save_file
@@ -82,7 +83,7 @@ def test_a_result_of_anything_else_is_refused_and_stays(folder):
     assert statuses() == ["failed"] * 3
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no processes are forked here")
+@forks
 def test_a_run_that_is_killed_goes_on_where_it_was(folder):
     loras, source, target, moved = folder
 
@@ -90,11 +91,9 @@ def test_a_run_that_is_killed_goes_on_where_it_was(folder):
         if name.startswith("LoRA 2"):
             time.sleep(60)
 
-    process = os.fork()
-    if not process:
-        torch.set_num_threads(1)
-        prolora.transfer_many(loras, source, target, moved, progress=wait_in_the_second)
-        os._exit(0)
+    process = start_fork(
+        lambda: prolora.transfer_many(loras, source, target, moved, progress=wait_in_the_second)
+    )
     until = time.monotonic() + 60
     while not (moved / loras[0].name).exists() and time.monotonic() < until:
         time.sleep(0.01)

@@ -6,8 +6,12 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import cache
 from tempfile import TemporaryDirectory
+
+import pytest
+import torch
 
 # Importing torch takes most of a start: done once, and each program runs in a fork.
 _FORKS = """
@@ -33,6 +37,21 @@ for line in sys.stdin:
         os._exit(failed)
     print(os.waitpid(child, 0)[1], flush=True)
 """
+
+forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="no processes are forked here")
+
+
+def start_fork(work: Callable[[], object]) -> int:
+    """Starts a process that does some work and ends with 0, or with 1 if that fails; its id."""
+    process = os.fork()
+    if not process:
+        torch.set_num_threads(1)
+        try:
+            work()
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    return process
 
 
 @cache
