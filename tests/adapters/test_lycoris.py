@@ -1,5 +1,6 @@
 """LoCon, Tucker, LoHa, LoKr, full, GLoRA, diag-OFT and DoRA against LyCORIS and PEFT."""
 
+import itertools
 import math
 
 import pytest
@@ -16,6 +17,7 @@ LINEAR = "mid_block.attentions.0.proj_in"
 CONV = "down_blocks.0.resnets.0.conv1"
 ALPHAS = {"absent": None, "rank": 4.0, "half the rank": 2.0, "rank-stabilised": 4 * 4**0.5}
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+SCALED = list(itertools.product(ALPHAS.values(), DTYPES))
 
 # LyCORIS' name, its options, and the layer it goes on.
 KINDS = {
@@ -104,9 +106,9 @@ def read(tensors, base, where):
     return prolora.convert(tensors, {where: base.weight.detach()})
 
 
-@pytest.mark.parametrize(("alpha", "dtype"), pair_up(list(ALPHAS.values()), DTYPES))
-@pytest.mark.parametrize("kind", KINDS)
-def test_an_update_is_what_the_layer_of_lycoris_does(kind, alpha, dtype):
+@pytest.mark.parametrize(("kind", "scaled"), pair_up(KINDS, SCALED))
+def test_an_update_is_what_the_layer_of_lycoris_does(kind, scaled):
+    alpha, dtype = scaled
     if kind.startswith("oft"):
         alpha = 4.0  # a constraint, and no scale
     module, base, tensors = trained(kind, alpha, dtype)

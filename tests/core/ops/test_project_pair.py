@@ -4,6 +4,7 @@ import pytest
 import reference
 import torch
 from backends import Kernels, load
+from diagonal import pair_up
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -35,8 +36,7 @@ def assert_moved(us, ut, x, found):
         torch.testing.assert_close(got.double(), exact, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES + EMPTY, ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), pair_up(SHAPES + EMPTY, DTYPES))
 def test_range_goes_to_range_and_complement_to_complement(kernels, shape, dtype):
     us, ut, x = problem(shape, dtype)
     assert_moved(us, ut, x, kernels.project_pair(us, ut, x))
