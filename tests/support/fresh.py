@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -42,9 +43,13 @@ forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="no processes are for
 
 
 def start_fork(work: Callable[[], object]) -> int:
-    """Starts a process that does some work and ends with 0, or with 1 if that fails; its id."""
+    """Starts a process that does some work and ends with 0, or with 1 if that fails; its id.
+
+    One that hangs is ended by its alarm, so that nobody waits for it for ever.
+    """
     process = os.fork()
     if not process:
+        signal.alarm(120)
         torch.set_num_threads(1)
         try:
             work()
