@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from fresh import forks, start_fork
+from lora_files import same_bits
 from mini import source_weights, write_case, write_folder
 from safetensors.torch import save_file
 from spectra import weights
@@ -150,6 +152,20 @@ def test_processes_that_fill_one_folder_at_once_agree(tmp_path, many, monkeypatc
     no_svd(monkeypatch)
     same(compute(tmp_path, many), wanted)
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+@pytest.mark.skipif(hasattr(os, "fork"), reason="the forks above do it sooner")
+def test_commands_that_fill_one_folder_at_once_agree(tmp_path):
+    """On Windows, where a file that another process has open is not replaced."""
+    lora, source, target = write_case(tmp_path)
+    outs = [tmp_path / f"{number}.safetensors" for number in range(2)]
+    bases = "--source", source, "--target", target, "--cache", tmp_path / "cache"
+    line = [sys.executable, "-m", "prolora", "transfer", lora, *bases, "--method", "prolora", "-o"]
+    running = [subprocess.Popen([*line, out], stderr=subprocess.PIPE, text=True) for out in outs]
+    errors = [process.communicate(timeout=120)[1] for process in running]
+    assert [process.returncode for process in running] == [0, 0]
+    assert same_bits(*outs) and not [text for text in errors if "not kept" in text]
+    assert files_of(tmp_path / "cache") and not list(tmp_path.rglob("*.tmp"))
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid"), reason="no write permission to take away")
