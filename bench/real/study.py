@@ -23,6 +23,7 @@ sys.path.append(str(Path(__file__).parents[1] / "quality"))
 
 # isort: split
 from changed import FAR, MERGED, train_far
+from contenders import Updates
 from jobs import Job, run_jobs
 from loras import ADAPTERS, train_lora
 from models import load_lora, merge_loras, save_lora
@@ -31,6 +32,8 @@ from results import git, round_numbers
 from rows import Exam, score_fit, score_methods, score_oracle
 from safetensors.torch import load_file, save_file
 from world import IDEAS, Maps
+
+from prolora import LowRank
 
 VERSIONS = ("0.4.1", "0.4.2")
 DIRECTIONS = {"forward": VERSIONS, "back": VERSIONS[::-1]}
@@ -105,14 +108,14 @@ class Study:
             return Exam.of(network, which.idea, open_maps(self.data), self.questions)
 
         def moved(part: Path) -> None:
-            scores = score_methods(open_network(bases[0]), exam(), load_lora(own))
+            scores = score_methods(open_network(bases[0]), exam(), read_lora(own))
             part.write_text(json.dumps(scores | {"commit": git("rev-parse", "--short", "HEAD")}))
 
         def trained(part: Path) -> None:
-            part.write_text(json.dumps(score_oracle(exam(), load_lora(oracle))))
+            part.write_text(json.dumps(score_oracle(exam(), read_lora(oracle))))
 
         def fitted(part: Path) -> None:
-            scores, moved = score_fit(open_network(bases[0]), exam(), load_lora(own))
+            scores, moved = score_fit(open_network(bases[0]), exam(), read_lora(own))
             save_lora(moved, self.moved_path(direction, which))
             part.write_text(json.dumps(scores))
 
@@ -124,6 +127,11 @@ class Study:
         if which.seed < self.fits and direction in DIRECTIONS:
             jobs.append(Job(Path(f"{name}-fit.json"), (own,), fitted))
         return jobs
+
+
+def read_lora(path: Path) -> Updates:
+    """A LoRA in memory of its own: the last bits of products depend on where a file has it."""
+    return {n: LowRank(u.up.clone(), u.down.clone()) for n, u in load_lora(path).items()}
 
 
 @cache
@@ -142,7 +150,7 @@ open_maps = cache(Maps)
 
 def measure_size(study: Study, version: str, which: Which) -> float:
     """‖ΔW‖/‖W‖ of a LoRA over its modules."""
-    updates = load_lora(study.lora_path(version, which))
+    updates = read_lora(study.lora_path(version, which))
     network = open_network(study.base_path(version))
     weights = (network.get_submodule(name).weight for name in updates)
     own = math.fsum(float(update.norm()) ** 2 for update in updates.values())
