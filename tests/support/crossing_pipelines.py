@@ -6,36 +6,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import tiny_pipelines as tiny
 import torch
-from diffusers import (
-    AutoencoderKL,
-    AutoencoderKLFlux2,
-    AutoencoderKLQwenImage,
-    DDPMScheduler,
-    EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    Flux2KleinPipeline,
-    Flux2Transformer2DModel,
-    FluxPipeline,
-    FluxTransformer2DModel,
-    IFPipeline,
-    QwenImagePipeline,
-    QwenImageTransformer2DModel,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
+import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    CLIPTextModelWithProjection,
-    PreTrainedTokenizerFast,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    T5Config,
-    T5EncoderModel,
-)
 
 from prolora.fitting.pipelines.pipeline_opening import open_pipeline
 
@@ -48,12 +23,12 @@ TEXT = {
 }
 
 
-def tokenizer(length: int = 16, **more: Any) -> PreTrainedTokenizerFast:
+def tokenizer(length: int = 16, **more: Any) -> transformers.PreTrainedTokenizerFast:
     """Two words and the marks of a language model."""
     words = {"<pad>": 0, "</s>": 1, "<unk>": 2, "cat": 3, "dog": 4}
     model = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     model.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
+    return transformers.PreTrainedTokenizerFast(
         tokenizer_object=model,
         pad_token="<pad>",
         eos_token="</s>",
@@ -63,28 +38,34 @@ def tokenizer(length: int = 16, **more: Any) -> PreTrainedTokenizerFast:
     )
 
 
-def t5(length: int = 16) -> tuple[T5EncoderModel, PreTrainedTokenizerFast]:
+def t5(
+    length: int = 16,
+) -> tuple[transformers.T5EncoderModel, transformers.PreTrainedTokenizerFast]:
     """An encoder of width 16, and its tokenizer."""
-    config = T5Config(vocab_size=8, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
-    return T5EncoderModel(config), tokenizer(length)
+    config = transformers.T5Config(
+        vocab_size=8, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2
+    )
+    return transformers.T5EncoderModel(config), tokenizer(length)
 
 
-def sdxl(words: Path, vae: AutoencoderKL | None = None, size: int = 8) -> StableDiffusionXLPipeline:
+def sdxl(
+    words: Path, vae: diffusers.AutoencoderKL | None = None, size: int = 8
+) -> diffusers.StableDiffusionXLPipeline:
     """Two text encoders of unlike widths; by itself with the latents of Stable Diffusion."""
-    unet = UNet2DConditionModel(
+    unet = diffusers.UNet2DConditionModel(
         **{**tiny.UNET, "sample_size": size},
         cross_attention_dim=20,
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=60,
     )
-    return StableDiffusionXLPipeline(
+    return diffusers.StableDiffusionXLPipeline(
         vae=vae or tiny.vae(),
         unet=unet,
-        scheduler=EulerDiscreteScheduler(**tiny.ALPHAS),
+        scheduler=diffusers.EulerDiscreteScheduler(**tiny.ALPHAS),
         text_encoder=tiny.text_encoder(8),
         tokenizer=tiny.tokenizer(words),
-        text_encoder_2=tiny.text_encoder(12, CLIPTextModelWithProjection),
+        text_encoder_2=tiny.text_encoder(12, transformers.CLIPTextModelWithProjection),
         tokenizer_2=tiny.tokenizer(words),
     )
 
@@ -93,32 +74,34 @@ def save_sdxl(folder: Path, seed: int = 1) -> Path:
     """A VAE of its own, with statistics by channel, and images of twice the side."""
     torch.manual_seed(seed)
     own = {"latents_mean": [0.1, -0.2, 0.3, 0.0], "latents_std": [1.1, 0.9, 1.3, 0.7]}
-    vae = AutoencoderKL(**tiny.VAE, **own, scaling_factor=0.13025)
+    vae = diffusers.AutoencoderKL(**tiny.VAE, **own, scaling_factor=0.13025)
     sdxl(folder / "vocabulary", vae, 16).save_pretrained(folder)
     return folder
 
 
-def flux(words: Path, vae: AutoencoderKL | None = None, channels: int = 4) -> FluxPipeline:
+def flux(
+    words: Path, vae: diffusers.AutoencoderKL | None = None, channels: int = 4
+) -> diffusers.FluxPipeline:
     """Packed tokens, and the guidance embedded."""
     size = {"in_channels": 4 * channels, "num_layers": 1, "num_single_layers": 1}
-    transformer = FluxTransformer2DModel(**tiny.FLUX, **size)
+    transformer = diffusers.FluxTransformer2DModel(**tiny.FLUX, **size)
     clip = tiny.text_encoder(8), tiny.tokenizer(words)
-    scheduler = FlowMatchEulerDiscreteScheduler()
-    return FluxPipeline(scheduler, vae or tiny.vae(), *clip, *t5(), transformer)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    return diffusers.FluxPipeline(scheduler, vae or tiny.vae(), *clip, *t5(), transformer)
 
 
 def save_flux(folder: Path, seed: int = 2) -> Path:
     """A VAE of eight channels and a shift."""
     torch.manual_seed(seed)
     own = {"latent_channels": 8, "scaling_factor": 0.3611, "shift_factor": 0.1159}
-    vae = AutoencoderKL(**tiny.VAE | own)
+    vae = diffusers.AutoencoderKL(**tiny.VAE | own)
     flux(folder / "vocabulary", vae, 8).save_pretrained(folder)
     return folder
 
 
-def flux2_vae() -> AutoencoderKLFlux2:
+def flux2_vae() -> diffusers.AutoencoderKLFlux2:
     """Its patches have a batch norm with statistics."""
-    vae = AutoencoderKLFlux2(**tiny.VAE, layers_per_block=1)
+    vae = diffusers.AutoencoderKLFlux2(**tiny.VAE, layers_per_block=1)
     vae.bn.running_mean.copy_(torch.linspace(-0.5, 0.5, 16))
     vae.bn.running_var.copy_(torch.linspace(0.5, 2.0, 16))
     return vae
@@ -127,7 +110,7 @@ def flux2_vae() -> AutoencoderKLFlux2:
 def save_flux2(folder: Path, seed: int = 3) -> Path:
     """FLUX.2 klein: patches through a batch norm, which the pipeline takes back for "latent"."""
     torch.manual_seed(seed)
-    transformer = Flux2Transformer2DModel(
+    transformer = diffusers.Flux2Transformer2DModel(
         in_channels=16,
         num_layers=1,
         num_single_layers=1,
@@ -138,11 +121,13 @@ def save_flux2(folder: Path, seed: int = 3) -> Path:
         axes_dims_rope=(4, 4, 4, 4),
         guidance_embeds=False,
     )
-    encoder = Qwen3ForCausalLM(Qwen3Config(**TEXT, num_hidden_layers=28, head_dim=4))
+    encoder = transformers.Qwen3ForCausalLM(
+        transformers.Qwen3Config(**TEXT, num_hidden_layers=28, head_dim=4)
+    )
     words = tokenizer(512)
     words.chat_template = "cat {% for m in messages %}{{ m['content'] }}{% endfor %}"
-    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
-    Flux2KleinPipeline(
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    diffusers.Flux2KleinPipeline(
         scheduler, flux2_vae(), encoder, words, transformer, is_distilled=True
     ).save_pretrained(folder)
     return folder
@@ -151,7 +136,7 @@ def save_flux2(folder: Path, seed: int = 3) -> Path:
 def save_qwen_image(folder: Path, seed: int = 4) -> Path:
     """A VAE of videos, with statistics by channel; packed tokens."""
     torch.manual_seed(seed)
-    vae = AutoencoderKLQwenImage(
+    vae = diffusers.AutoencoderKLQwenImage(
         base_dim=4,
         z_dim=4,
         dim_mult=[1, 2],
@@ -160,7 +145,7 @@ def save_qwen_image(folder: Path, seed: int = 4) -> Path:
         latents_mean=[-0.7, 0.5, 0.1, -0.2],
         latents_std=[2.8, 1.5, 2.2, 0.8],
     )
-    transformer = QwenImageTransformer2DModel(
+    transformer = diffusers.QwenImageTransformer2DModel(
         in_channels=16,
         out_channels=4,
         num_layers=1,
@@ -177,13 +162,13 @@ def save_qwen_image(folder: Path, seed: int = 4) -> Path:
         "mrope_section": [1, 1, 0],
         "rope_theta": 1e4,
     }
-    config = Qwen2_5_VLConfig(
+    config = transformers.Qwen2_5_VLConfig(
         text_config={**text, "rope_parameters": rope, "rope_scaling": rope},
         vision_config={**vision, "out_hidden_size": 8, "fullatt_block_indexes": [0]},
     )
-    encoder = Qwen2_5_VLForConditionalGeneration(config)
-    QwenImagePipeline(
-        FlowMatchEulerDiscreteScheduler(), vae, encoder, tokenizer(1100), transformer
+    encoder = transformers.Qwen2_5_VLForConditionalGeneration(config)
+    diffusers.QwenImagePipeline(
+        diffusers.FlowMatchEulerDiscreteScheduler(), vae, encoder, tokenizer(1100), transformer
     ).save_pretrained(folder)
     return folder
 
@@ -191,13 +176,15 @@ def save_qwen_image(folder: Path, seed: int = 4) -> Path:
 def save_pixels(folder: Path, seed: int = 5) -> Path:
     """DeepFloyd IF: no VAE, and a learned variance."""
     torch.manual_seed(seed)
-    unet = UNet2DConditionModel(
+    unet = diffusers.UNet2DConditionModel(
         **{**tiny.UNET, "sample_size": 16, "in_channels": 3, "out_channels": 6},
         cross_attention_dim=16,
     )
     encoder, words = t5(77)
-    scheduler = DDPMScheduler(variance_type="learned_range")
-    pipe = IFPipeline(words, encoder, unet, scheduler, *[None] * 3, requires_safety_checker=False)
+    scheduler = diffusers.DDPMScheduler(variance_type="learned_range")
+    pipe = diffusers.IFPipeline(
+        words, encoder, unet, scheduler, *[None] * 3, requires_safety_checker=False
+    )
     pipe.save_pretrained(folder)
     return folder
 
