@@ -62,7 +62,7 @@ FAULTS = {
     "an unchecked pack": (RELEASE, "release.py pack", "true", "job pack"),
     "one version of prolora": (
         f"{PACK}/pyproject.toml",
-        'dependencies = ["numpy"',
+        'dependencies = ["numpy>=1.23"',
         'dependencies = ["prolora==0.1.0"',
         "breaks the next pack",
     ),
