@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import prolora
+from prolora.bases.quantised import encoding
 from prolora.errors import InvalidOption, UnsupportedFormat
 
 ROWS, COLUMNS = 192, 256  # two tiles of scales high, four wide
@@ -153,6 +154,44 @@ def test_a_layer_of_comfyui_holds_what_comfy_kitchen_makes_of_the_sum(kind, tmp_
         assert same_bits(tensor, fresh[key]), key
     share = measure_share(before, expected.dequantize(), delta)
     assert report.to_dict()["modules"] == {MODULE: pytest.approx(share, rel=1e-4)}
+
+
+def make_int8() -> dict[str, Tensor]:
+    """A base of one weight, with a scale for each row."""
+    return {
+        f"{MODULE}.weight": torch.ones(ROWS, COLUMNS, dtype=torch.int8),
+        f"{MODULE}.weight_scale": torch.ones(ROWS, 1),
+        f"{MODULE}.comfy_quant": torch.tensor(list(b'{"format": "int8_tensorwise"}')).byte(),
+    }
+
+
+@pytest.mark.parametrize(
+    ("raised", "way_out"),
+    [
+        (ImportError("no module"), "pip install comfy-kitchen"),
+        (ValueError("of its types one is unknown"), f"a newer torch than {torch.__version__}"),
+    ],
+    ids=["missing", "with an old torch"],
+)
+def test_where_comfy_kitchen_cannot_be_imported_the_error_says_what_to_do(
+    raised, way_out, monkeypatch, tmp_path
+):
+    def fail():
+        raise raised
+
+    monkeypatch.setattr(encoding, "_import_kitchen", fail)
+    save_file(make_int8(), tmp_path / "base.safetensors")
+    with pytest.raises(UnsupportedFormat) as refused:
+        prolora.bake(
+            [make_update(0.1)[0]], tmp_path / "base.safetensors", tmp_path / "x.safetensors"
+        )
+    assert way_out in str(refused.value) and MODULE in str(refused.value)
+    assert not (tmp_path / "x.safetensors").exists()
+
+
+def test_a_quantised_state_dict_is_refused_by_name_with_the_way_out():
+    with pytest.raises(UnsupportedFormat, match=rf"{MODULE}.*in memory .* give its file"):
+        prolora.bake([make_update(0.1)[0]], make_int8())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="comfy-kitchen is installed on Linux alone")

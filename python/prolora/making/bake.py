@@ -23,7 +23,7 @@ from ..adapters.lora import Lora
 from ..bases import Base, BaseLike, check_finite, open_base
 from ..bases.pipeline_files import read_pipeline_index
 from ..bases.quantised.comfy import QUANTISATION_KEY
-from ..bases.quantised.encoding import BakedTensors, can_encode, encode, round_to
+from ..bases.quantised.encoding import BakedTensors, can_encode, encode, load_package, round_to
 from ..bases.quantised.weight import QuantisedWeight, find_kind, look_inside
 from ..bases.weights import (
     ConvertedWeight,
@@ -76,8 +76,8 @@ def bake(
         loras: one or more, as `transfer` takes them.
         base: a .safetensors checkpoint or a diffusers folder in float32, float16, bfloat16, float8
             or ComfyUI's scaled float8, int8, NVFP4 or MXFP8 (these three need comfy-kitchen); a
-            GGUF file in Q8_0, Q5_0, Q5_1, Q4_0, Q4_1 or 16 and 32 bits; or one in
-            memory, or read on request.
+            GGUF file in Q8_0, Q5_0, Q5_1, Q4_0, Q4_1 or 16 and 32 bits; or an unquantised one
+            in memory, or read on request.
         out: the file, or folder, to write; None for a base in memory, whose tensors come back as
             `report.tensors`, the unchanged ones as the caller's own.
         options: `strengths`, `blocks`, `dtype`, `overwrite` and `progress` of a merge.
@@ -241,9 +241,14 @@ def _place_updates(
             continue
         root = look_inside(weight)
         stored = root.stored if isinstance(root, QuantisedWeight) else root
+        if stored is not root and model.path is None:
+            raise UnsupportedFormat(
+                f"{weight.name}: a quantised model in memory is not written; give its file as base"
+            )
         if not isinstance(stored, Root) or not can_encode(root):
             refused.append((name, weight, added))
         else:
+            load_package(root)
             groups.setdefault(stored, []).append((name, weight, added))
     if refused:
         raise UnsupportedFormat(_explain_kind(model, refused))

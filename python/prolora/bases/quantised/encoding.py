@@ -42,6 +42,16 @@ def can_encode(root: Weight) -> bool:
     return root.dtype.is_floating_point and not isinstance(root, QuantisedWeight)
 
 
+def load_package(root: Weight) -> None:
+    """Imports the package that writes this kind of weight, if it takes one.
+
+    Raises:
+        UnsupportedFormat: it is not installed, or torch is too old for it.
+    """
+    if isinstance(root, ScaledWeight) and _find_codec(root) not in (None, _encode_float8):
+        _load_kitchen(root)
+
+
 def encode(root: Weight, numbers: Tensor, random: torch.Generator | None) -> BakedTensors:
     """Encodes numbers [*shape] as a weight is stored, to the nearest or at random.
 
@@ -209,12 +219,15 @@ def _load_kitchen(root: ScaledWeight) -> Any:
     """Imports comfy-kitchen, which writes ComfyUI's kinds.
 
     Raises:
-        UnsupportedFormat: it is not installed.
+        UnsupportedFormat: it is not installed, or torch is too old for it.
     """
     try:
         return _import_kitchen()
-    except ImportError as error:
+    except (ImportError, ValueError) as error:
+        way_out = "pip install comfy-kitchen"
+        if isinstance(error, ValueError):  # what it registers has types that torch does not know
+            way_out = f"comfy-kitchen needs a newer torch than {torch.__version__}"
         raise UnsupportedFormat(
-            f"{root.name}: {root.kind} is written by a package: pip install comfy-kitchen; or bake "
+            f"{root.name}: {root.kind} is written by a package: {way_out}; or bake "
             "into the fp16 or bf16 version of this model"
         ) from error
