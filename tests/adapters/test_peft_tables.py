@@ -17,7 +17,7 @@ from property_examples import examples
 
 import prolora
 from prolora.adapters.formats.peft_config import scaling_from_config
-from prolora.errors import UnsupportedFormat
+from prolora.errors import ProLoRAError, UnsupportedFormat
 
 ENDLESS = r"(\w|.)+#"
 NAMES = ["proj_out", "blocks.0.proj_out", "blocks.12.proj_out", "a", "x.a", "a.b", "b.ff", "c.b.ff"]
@@ -188,3 +188,32 @@ def test_a_folder_with_an_endless_pattern_is_described_and_stops_no_other(tmp_pa
     outcomes = prolora.transfer_many([bad, good], base, base, tmp_path / "out", method="copy")
     assert [bool(outcome.error) for outcome in outcomes] == [True, False]
     assert "rank_pattern" in str(outcomes[0].error)
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=4,
+)
+OPTIONS = st.sampled_from(
+    [
+        *("r", "lora_alpha", "alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora"),
+        *("peft_type", "bias", "init_lora_weights", "modules_to_save", "lora_bias"),
+    ]
+)
+TABLES = st.dictionaries(st.text(max_size=6) | PATTERNS, VALUES | st.integers(1, 9), max_size=3)
+
+
+@settings(max_examples=examples(400))
+@given(st.dictionaries(OPTIONS, VALUES | TABLES | st.integers(1, 9), max_size=5))
+def test_any_configuration_is_read_or_refused_with_a_reason(config):
+    tensors = pair("unet.mid_block.attentions.0.proj_in", (6, 5), ends=("lora_B", "lora_A"))
+    text = json.dumps({f"unet.{option}": value for option, value in config.items()})
+    try:
+        adapter = prolora.convert(
+            prolora.Lora.open(tensors, {"lora_adapter_metadata": text})
+        ).adapter
+    except ProLoRAError as error:
+        assert len(str(error)) > 20
+    else:
+        assert adapter.updates

@@ -148,6 +148,22 @@ def test_an_absurd_header_length_allocates_nothing(tmp_path: Path) -> None:
         SafetensorsFile(path)
 
 
+@FAST
+@given(
+    edits=st.lists(st.tuples(st.integers(0, 400), st.binary(max_size=3)), min_size=1, max_size=4)
+)
+def test_damaged_bytes_give_a_file_or_a_typed_error(
+    edits: list[tuple[int, bytes]], tmp_path: Path
+) -> None:
+    """Bytes replaced, inserted or lost anywhere, the length included."""
+    tensors = {"up": torch.ones(4, 2).half(), "down": torch.ones(2, 3), "alpha": torch.tensor(1.0)}
+    raw = bytearray(safetensors.torch.save(tensors, metadata={"format": "pt"}))
+    for place, new in edits:
+        place %= len(raw)
+        raw[place : place + (1 if len(new) < 2 else len(new))] = new
+    assert_safe(tmp_path, bytes(raw))
+
+
 JSON = st.recursive(
     st.none()
     | st.booleans()
