@@ -93,6 +93,11 @@ def test_a_folder_that_exists_gets_the_lora_under_its_own_name(prolora, line, ca
         assert (folder / name).read_bytes() == FOREIGN
         assert prolora(*words, "-o", folder, "--overwrite")[0] == 0
         assert (folder / name).read_bytes() == before
+    peft, out = tmp_path / "peft", ("-o", tmp_path / "smaller")
+    assert prolora("convert", lora, "--format", "peft", "-o", peft)[0] == 0
+    for more in ((), ("--overwrite",)):  # an adapter that exists is replaced, not filled
+        assert prolora("convert", peft, "--out-rank", "2", *out, *more)[0] == 0
+        assert not [path for path in out[1].iterdir() if path.is_dir()]
 
 
 @pytest.mark.parametrize(

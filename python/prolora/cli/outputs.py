@@ -12,7 +12,7 @@ from ..bases.experts import ExpertPair
 from ..errors import OutputError, join_words
 from ..files.store import check_free
 from ..reports.outcome import is_report_of
-from ..verbs.output_paths import name_output, resolve_path
+from ..verbs.output_paths import is_peft_folder, name_output, resolve_path
 
 # Ends of other kinds of LoRA files, which people write out of habit.
 _OTHER_ENDS = (".ckpt", ".pt", ".pth", ".bin", ".safetensor", ".st", ".gguf")
@@ -49,8 +49,11 @@ def list_outputs(
 
 
 def place_output(output: Path | None, made_of: Path, format: str | None) -> Path | None:
-    """Returns where one LoRA is written: in a folder that exists under the name it came with."""
-    if output is None or format == "peft" or not output.is_dir():
+    """Returns where one LoRA is written: in a folder that exists under the name it came with.
+
+    A folder that is a PEFT adapter is none of LoRAs.
+    """
+    if output is None or format == "peft" or not output.is_dir() or is_peft_folder(output):
         return output
     return output / name_output(made_of, format or "auto")
 

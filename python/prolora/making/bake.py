@@ -116,6 +116,8 @@ def bake(
         titles = name_loras(opened)
         updates = _sum_updates(opened, model, strengths, blocks)
     groups, left_out = _place_updates(updates, model)
+    for parts in groups.values() if dtype is None else ():
+        load_package(look_inside(parts[0][1]))
     if left_out and not groups:
         raise UnsupportedFormat(
             f"{model.name}: has no module that the LoRA changes, so nothing can be baked; the "
@@ -248,7 +250,6 @@ def _place_updates(
         if not isinstance(stored, Root) or not can_encode(root):
             refused.append((name, weight, added))
         else:
-            load_package(root)
             groups.setdefault(stored, []).append((name, weight, added))
     if refused:
         raise UnsupportedFormat(_explain_kind(model, refused))
