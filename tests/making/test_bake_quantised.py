@@ -180,13 +180,15 @@ def test_where_comfy_kitchen_cannot_be_imported_the_error_says_what_to_do(
         raise raised
 
     monkeypatch.setattr(encoding, "_import_kitchen", fail)
-    save_file(make_int8(), tmp_path / "base.safetensors")
+    base, out = tmp_path / "base.safetensors", tmp_path / "out.safetensors"
+    save_file(make_int8(), base)
+    lora, delta = make_update(0.5 * ROWS**0.5)
     with pytest.raises(UnsupportedFormat) as refused:
-        prolora.bake(
-            [make_update(0.1)[0]], tmp_path / "base.safetensors", tmp_path / "x.safetensors"
-        )
-    assert way_out in str(refused.value) and MODULE in str(refused.value)
-    assert not (tmp_path / "x.safetensors").exists()
+        prolora.bake([lora], base, out)
+    assert way_out in str(refused.value) and f"{MODULE}.weight: int8" in str(refused.value)
+    assert list(tmp_path.iterdir()) == [base]
+    prolora.bake([lora], base, out, dtype="float32")  # which no package writes
+    torch.testing.assert_close(load_file(out)[f"{MODULE}.weight"], 1 + delta)
 
 
 def test_a_quantised_state_dict_is_refused_by_name_with_the_way_out():
