@@ -88,6 +88,6 @@ def _measure_sides(shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> tuple[int
 
 def measure_update(roles: Mapping[str, tuple[int, ...]]) -> Size | None:
     """Returns (out, in, rank) of an update (role -> shape), None if unclear."""
-    if forms.find_missing_role(roles.keys()) is None and (form := forms.derive_form(dict(roles))):
+    if forms.find_missing_role(roles.keys()) is None and (form := forms.derive_form(roles)):
         return form.out, form.inputs, max(1, form.rank)
     return None

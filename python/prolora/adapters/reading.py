@@ -40,7 +40,6 @@ ReadWeight = Callable[[str], Tensor]
 def read_adapter(
     source: LoraSource | Lora,
     *,
-    metadata: Mapping[str, str] | None = None,
     read_weight: ReadWeight | None = None,
     base: BaseNames | None = None,
     keep_stored: bool = False,
@@ -64,7 +63,6 @@ def read_adapter(
     Args:
         source: a .safetensors file, a PEFT folder, an id on the hub, a state dict, or (state dict,
             peft.LoraConfig).
-        metadata: replaces the file's header metadata.
         read_weight: reads the base model the adapter was trained on; needed where the update
             depends on it.
         base: what is known of that base model; it decides where names alone leave several
@@ -83,7 +81,7 @@ def read_adapter(
             other than the configuration's.
         NonFiniteWeights: NaN or Inf in a tensor or an update.
     """
-    opened = Lora.open(source, metadata)
+    opened = Lora.open(source)
     contents = parse_contents(opened, base)
     adapter = _start_adapter(contents, opened)
     # The header was checked before; scales come before the large tensors.

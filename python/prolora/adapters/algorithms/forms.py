@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
-from functools import lru_cache
 
 Shape = tuple[int, ...]
 
@@ -67,11 +66,6 @@ class Form:
 
 def kind_of_roles(roles: Set[str]) -> str:
     """Returns the kind of update that tensors of these roles make, "lora" by default."""
-    return _find_kind(frozenset(roles))
-
-
-@lru_cache(256)
-def _find_kind(roles: frozenset[str]) -> str:
     kinds = (
         kind for role in sorted(roles) for start, kind in _STARTS.items() if role.startswith(start)
     )
@@ -80,12 +74,7 @@ def _find_kind(roles: frozenset[str]) -> str:
 
 def find_missing_role(roles: Set[str]) -> str | None:
     """Returns a needed role that is missing, None if all are present."""
-    return _find_missing(frozenset(roles))
-
-
-@lru_cache(256)  # a file's updates have the same few roles
-def _find_missing(roles: frozenset[str]) -> str | None:
-    family = _find_kind(roles)
+    family = kind_of_roles(roles)
     gone = sorted(_ROLES[family][0] - roles)
     if family == "lokr" and not gone:
         for half in ("lokr_w1", "lokr_w2"):
@@ -100,12 +89,7 @@ def _find_missing(roles: frozenset[str]) -> str | None:
 
 def find_surplus_role(roles: Set[str]) -> str | None:
     """Returns a role that does not go with the others, None if all do."""
-    return _find_surplus(frozenset(roles))
-
-
-@lru_cache(256)
-def _find_surplus(roles: frozenset[str]) -> str | None:
-    family = _find_kind(roles)
+    family = kind_of_roles(roles)
     extra = set(roles) - _ROLES[family][0] - _ROLES[family][1]
     if roles >= MAGNITUDES:
         extra = {"magnitude"}
@@ -119,12 +103,6 @@ def _find_surplus(roles: frozenset[str]) -> str | None:
 
 def derive_form(shapes: Mapping[str, Shape]) -> Form | None:
     """Derives an update's form from shapes by role; None if they do not fit."""
-    return _derive_form(tuple(shapes.items()))
-
-
-@lru_cache(1 << 12)  # a file's updates have few shapes
-def _derive_form(roles: tuple[tuple[str, Shape], ...]) -> Form | None:
-    shapes = dict(roles)
     if any(size == 0 for shape in shapes.values() for size in shape):
         return None
     form = _FORMS[kind_of_roles(shapes.keys())](shapes)
