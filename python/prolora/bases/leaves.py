@@ -123,7 +123,7 @@ class Leaves:
         """Returns the digest of a tensor's bytes; reads them if it is not known."""
         digests = [self.recall(key)]
         if digests[0] is None:
-            self.file.read(key, lambda raw: digests.insert(0, self._take(key, raw)))
+            self.file.read(key, lambda raw: digests.insert(0, self._keep(key, hash_parts([raw]))))
         return str(digests[0])
 
     def recall(self, key: str) -> str | None:
@@ -156,9 +156,6 @@ class Leaves:
                 # A forked process has what was begun, and not the thread that would end it.
                 own = process == os.getpid()
                 self._keep(key, digest.result() if own else hash_parts([raw]))
-
-    def _take(self, key: str, raw: Tensor) -> str:
-        return self._keep(key, hash_parts([raw]))
 
     def _keep(self, key: str, digest: str) -> str:
         """Keeps a digest; refuses one that differs from what was read before."""

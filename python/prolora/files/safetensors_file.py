@@ -155,7 +155,13 @@ class SafetensorsFile:
         """
         size = max((info.stop for info in self.tensors.values()), default=0)
         buffer = self._read("its data", "U8", (size,), 0)
-        return {name: _cut_tensor(buffer, info) for name, info in self.tensors.items()}
+        tensors = {}
+        for name, info in self.tensors.items():
+            flat = buffer[info.start : info.stop]
+            if info.start % SIZES[info.stored]:  # not aligned
+                flat = flat.clone()
+            tensors[name] = view_numbers(flat, info.dtype).view(info.shape)
+        return tensors
 
     def read_blocks(self) -> Iterator[bytes]:
         """Yields all bytes of the file, header included.
@@ -198,14 +204,6 @@ class SafetensorsFile:
         if watch is not None:
             watch(buffer)
         return view_numbers(buffer, numbers).reshape(shape)
-
-
-def _cut_tensor(buffer: Tensor, info: TensorInfo) -> Tensor:
-    """Cuts one tensor out of a file's data [bytes]; copies it if not aligned."""
-    flat = buffer[info.start : info.stop]
-    if info.start % SIZES[info.stored]:
-        flat = flat.clone()
-    return view_numbers(flat, info.dtype).view(info.shape)
 
 
 class _OpenedFile(Protocol):

@@ -56,7 +56,12 @@ class SharedFile:
             OSError: it cannot be read.
         """
         while view:
-            count = self._read_into(view, start)
+            if self._lock is None:
+                count = os.preadv(self._file.fileno(), [view], start)
+            else:
+                with self._lock:
+                    self._file.seek(start)
+                    count = self._file.readinto(view) or 0
             if not count:
                 return False
             view, start = view[count:], start + count
@@ -70,10 +75,3 @@ class SharedFile:
         """
         buffer = bytearray(max(0, min(most, self.status().st_size - start)))
         return bytes(buffer) if self.fill(memoryview(buffer), start) else b""
-
-    def _read_into(self, view: memoryview, start: int) -> int:
-        if self._lock is None:
-            return os.preadv(self._file.fileno(), [view], start)
-        with self._lock:
-            self._file.seek(start)
-            return self._file.readinto(view) or 0

@@ -75,7 +75,7 @@ class BasisCache:
             OutputError: it cannot be made.
         """
         self.folder = None if folder is None else Path(folder)
-        self.hits = self.misses = self.kept = 0  # bases found, bases computed, bytes written
+        self.kept = 0  # bytes written
         self._tables: dict[str, JsonTable] = {}
         self._held: list[Base] = []  # so that no other gets the id of one
         self._failed = False
@@ -137,8 +137,6 @@ class BasisCache:
                 bases[i] = basis = computed[position]
                 if (name := names[i]) is not None:
                     self._try(partial(self._write, basis, name))
-        self.misses += len(missing)
-        self.hits += len(bases) - len(missing)
         return stack_bases([basis for basis in bases if basis is not None]).to(device)
 
     def place(self, base: Base, module: str, *, learn: bool = False) -> str | None:
