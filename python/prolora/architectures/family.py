@@ -193,14 +193,11 @@ class Family:
     def _make_weight(self, pattern: str, numbers: tuple[str, ...]) -> AuthorsWeight:
         """Fills the numbers of blocks into an authors' pattern."""
         entry = self._entries[pattern]
-        if isinstance(entry, Fused):
-            parts, shares = entry
-        else:
-            parts, shares = (entry.part if isinstance(entry, Swapped) else entry,), (1,)
+        shares = entry.shares if isinstance(entry, Fused) else (1,)
         swap: Literal["never", "always", "if two"] = "never"
         if isinstance(entry, Swapped):
             swap = "if two" if entry.only_if_two else "always"
-        filled = tuple(_fill_pattern(part, numbers) for part in parts)
+        filled = tuple(_fill_pattern(part, numbers) for part in list_parts(entry))
         return AuthorsWeight(_fill_pattern(pattern, numbers), filled, shares, swap)
 
     @cached_property

@@ -7,6 +7,7 @@ front for text encoders and nothing for the UNet or transformer itself.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -26,6 +27,11 @@ UNET_ROOTS = frozenset(
     }
 )
 """What the names of a UNet's modules start with."""
+UNET_BLOCKS = (
+    *("down_blocks", "up_blocks", "mid_block"),
+    *("input_blocks", "output_blocks", "middle_block"),
+)
+"""What the blocks of UNets are in, as diffusers and the original checkpoints name it."""
 _WITHOUT_OTHER_BLOCKS = UNET_ROOTS | set(TEXT_ENCODERS)
 # Networks of the ADM kind (guided diffusion, consistency models): LDM's numbers, attention of their
 # own and any number of ResBlocks a level. Their names are canonical as they stand.
@@ -176,6 +182,11 @@ def may_be_fitted(shape: tuple[int, ...]) -> bool:
     A depthwise convolution is excluded; the shape does not tell other groups of a convolution.
     """
     return len(shape) == 2 or (len(shape) == 4 and shape[1] > 1)
+
+
+def write_shape(shape: Sequence[int]) -> str:
+    """Writes a shape as `320×768`; "" for none."""
+    return "×".join(map(str, shape))
 
 
 def find_stage(module: str) -> str:

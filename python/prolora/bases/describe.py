@@ -12,12 +12,14 @@ from ..architectures.families import known_families
 from ..architectures.identify import Model
 from ..architectures.modules import (
     BARE,
+    UNET_BLOCKS,
     find_block,
     find_stage,
     is_adaptable,
     is_attention,
     is_in_adm,
     matrix_shape,
+    write_shape,
 )
 
 if TYPE_CHECKING:
@@ -25,10 +27,6 @@ if TYPE_CHECKING:
     from .weights import Weight
 
 _QUERY = re.compile(r"(?:^|[._])(?:attn1?|attention)\.(?:to_q|q|q_proj|wq|(?:to_)?qkv)$")
-_UNET_BLOCKS = {
-    *("down_blocks", "up_blocks", "mid_block"),
-    *("input_blocks", "output_blocks", "middle_block"),
-}
 _CONTEXT = re.compile(
     r"\.attn2\.to_k$|\.cross_attn\.(?:k|k_proj)$|^context_embedder$|^caption_projection\.linear_1$"
 )
@@ -85,7 +83,7 @@ NamedShapes: TypeAlias = "Base | BaseShapes"
 def classify_model(base: NamedShapes) -> str:
     """Returns `"UNet"`, `"transformer"`, or `"model"` without either's blocks."""
     roots = {module.split(".", 1)[0] for module in base.shapes}
-    if roots & _UNET_BLOCKS:
+    if not roots.isdisjoint(UNET_BLOCKS):
         return "UNet"
     attends = any(find_block(module) and is_attention(module) for module in base.shapes)
     return "transformer" if attends else "model"
@@ -165,8 +163,8 @@ def explain_other_shape(
     if shape == of_base:
         return None
     return (
-        f"the LoRA's update of {name} is {_write_shape(shape)}, but that module of {base.name} is "
-        f"{_write_shape(of_base)} ({base.tensor_name(name)})"
+        f"the LoRA's update of {name} is {write_shape(shape)}, but that module of {base.name} is "
+        f"{write_shape(of_base)} ({base.tensor_name(name)})"
         f"{_explain_wider_input(name, shape, of_base) or asked}"
     )
 
@@ -179,7 +177,3 @@ def _explain_wider_input(name: str, shape: tuple[int, ...], of_base: tuple[int, 
         ". It is a LoRA for control, editing or inpainting: its model takes a second image in "
         "further channels of this layer; give such a model as the source, and as the target"
     )
-
-
-def _write_shape(shape: tuple[int, ...]) -> str:
-    return "×".join(map(str, shape))

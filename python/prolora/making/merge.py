@@ -23,6 +23,7 @@ from ..adapters.formats.moves import MERGE, PREFIX, StatedBase, read_provenance
 from ..adapters.lora import Lora
 from ..adapters.trigger_words import read_trigger_words
 from ..architectures.identify import Model
+from ..architectures.modules import write_shape
 from ..bases import Base, BaseLike, open_base
 from ..bases.identity import compute_short_hash, name_base
 from ..core.arrays import find_other_array
@@ -34,7 +35,6 @@ from ..moving.base_check import check_moved_before
 from ..moving.lazy_bases import narrow_base
 from ..moving.ledger import list_tensors_left_out
 from ..reports.module_report import LEFT_OUT, ModuleReport, list_unread_modules
-from ..reports.module_tables import write_shape
 from ..verbs.block_weights import BlockWeights, find_factors, scale_adapter
 from ..verbs.option_keywords import resolve_options, takes_options
 from ..verbs.options import LoraLike, cut_rank, read_dtype, use_lora

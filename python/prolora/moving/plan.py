@@ -21,6 +21,7 @@ from ..architectures.modules import (
     have_equal_shapes,
     is_in_text_encoder,
     matrix_shape,
+    write_shape,
 )
 from ..bases import Base
 from ..bases.describe import describe_base, explain_other_shape
@@ -28,7 +29,6 @@ from ..bases.vae import RUN_INSTEAD, can_fit
 from ..comparison.module_map import BlockDecision, Match, Matching, Renumbering, find_partners
 from ..core.grouping import group_by
 from ..errors import ShapeMismatch, UnsupportedFormat
-from ..reports.module_tables import write_shape
 
 OTHER_MODEL = "; is this LoRA for another model?"
 """What is asked about a LoRA that does not fit its source, where nothing tells its model."""

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 from ..architectures.depth import is_number, stack_order
-from ..architectures.modules import find_block, find_stage
+from ..architectures.modules import find_block, find_stage, write_shape
 from ..core.grouping import group_by
 from ..core.means import weighted_mean
 from .module_report import Measures, ModuleReport
@@ -70,14 +70,10 @@ def tabulate_modules(modules: Sequence[ModuleReport], measured: Sequence[Measure
         cells += [value(moved) for _, value in measured]
         degrees = None if angle is None else math.degrees(angle)
         cells += [degrees, row.energy / total if total else None, str(row.rank_in or NOTHING)]
-        cells += [str(row.rank_out) if moved else NOTHING, write_shape(row.shape), row.reason]
+        shape = write_shape(row.shape) or NOTHING
+        cells += [str(row.rank_out) if moved else NOTHING, shape, row.reason]
         rows.append(Row(tuple(cells), "" if moved else "warn"))
     return make_table("Every module of the LoRA", columns, rows, MODULES)
-
-
-def write_shape(shape: Sequence[int]) -> str:
-    """Writes a shape as `320×768`, or a dash."""
-    return "×".join(map(str, shape)) or NOTHING
 
 
 def share_kept(row: ModuleReport) -> float | None:

@@ -22,6 +22,7 @@ from ...architectures.identify import Model
 from ...architectures.layouts import load_layout
 from ...architectures.modules import (
     TEXT_ENCODERS,
+    UNET_BLOCKS,
     UNET_ROOTS,
     find_component,
     is_in_adm,
@@ -52,11 +53,6 @@ ADM = Family.of_names(
 _IN_A_LIST = re.compile(r"(?:^|\.)[A-Za-z]\w*\.\d+\.[A-Za-z][\w.\-]*")
 _IN_A_LIST_UNDERSCORED = re.compile(r"[A-Za-z]\w*?_\d+_[A-Za-z]\w*")
 _IDENTIFIER = re.compile(r"[A-Za-z][\w.\-]*")
-# A UNet's blocks have no modules but those of its tables.
-_UNET_BLOCKS = (
-    *("down_blocks", "up_blocks", "mid_block"),
-    *("input_blocks", "output_blocks", "middle_block"),
-)
 # A training script's wrappers around an ADM network.
 _WRAPPERS = re.compile(r"(?:(?:model|network|module|net|unet|diffusion_model)[._])*")
 # Old attention processors held the four projections under names of their own.
@@ -332,7 +328,8 @@ def _find(cut: CutPath, family: Family) -> Module | None:
 
 def _describe(cut: CutPath) -> Module | None:
     """Takes a module that no known family has, under the file's name."""
-    if cut.component == "unet." or cut.rest.startswith(_UNET_BLOCKS):
+    # A UNet's blocks have no modules but those of its tables.
+    if cut.component == "unet." or cut.rest.startswith(UNET_BLOCKS):
         return None
     if cut.dotted:
         is_module = _IN_A_LIST.search(cut.rest) or (cut.prefix and _IDENTIFIER.fullmatch(cut.rest))
