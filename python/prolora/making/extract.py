@@ -36,6 +36,7 @@ from ..core.precision import in_full_precision, working_dtype
 from ..core.recompression import balance_factors
 from ..errors import NonFiniteWeights, ShapeMismatch, UnsupportedFormat, WrongBase
 from ..files.hashing import flatten_bytes
+from ..moving.assembly import list_kernels
 from ..moving.base_check import are_one_base
 from ..reports.module_report import ModuleReport
 from ..verbs.option_keywords import resolve_options, takes_options
@@ -325,11 +326,9 @@ class _Difference:
 
     def outline(self, updates: dict[str, LowRank]) -> Adapter:
         """Outlines the LoRA of some updates, without vectors and header."""
-        base = self.base
-        shapes = {name: base.shapes[name] for name in updates}
-        kernels = {name: shape[2:] for name, shape in shapes.items() if len(shape) > 2}
-        dtype = self.options.stored_dtype
-        return Adapter(updates, kernels, format=self._usual_format, origin=base.model, dtype=dtype)
+        kernels, dtype = list_kernels(updates, self.base), self.options.stored_dtype
+        model = self.base.model
+        return Adapter(updates, kernels, format=self._usual_format, origin=model, dtype=dtype)
 
     @cached_property
     def _usual_format(self) -> str:

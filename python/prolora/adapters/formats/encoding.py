@@ -53,7 +53,8 @@ def encode_adapter(adapter: Adapter, format: str, dtype: torch.dtype) -> dict[st
         tensors[f"{group.path}.{one}.weight"] = up
         tensors[f"{group.path}.{other}.weight"] = down
         if alpha is not None:
-            tensors[f"{group.path}.alpha"] = _alpha_tensor(alpha, dtype)
+            exact, rounded = torch.tensor(float(alpha)), torch.tensor(float(alpha), dtype=dtype)
+            tensors[f"{group.path}.alpha"] = rounded if rounded.item() == alpha else exact
     suffixes = vector_suffixes(layout.vectors)
     if format in ("diffusers", "peft"):
         suffixes = dict.fromkeys(layout.vectors, "lora_B.bias")
@@ -138,12 +139,6 @@ def _shape_factors(
     if down.shape[1] % math.prod(kernel):
         raise ShapeMismatch(f"{name}: down {list(down.shape)} does not fit a kernel {kernel}")
     return up.reshape(*up.shape, *(1 for _ in kernel)), down.reshape(update.rank, -1, *kernel)
-
-
-def _alpha_tensor(value: int, dtype: torch.dtype) -> Tensor:
-    """Makes alpha a 0-d tensor, in the factors' dtype if that can hold it."""
-    alpha = torch.tensor(float(value), dtype=dtype)
-    return alpha if alpha.item() == value else torch.tensor(float(value))
 
 
 def peft_config(
