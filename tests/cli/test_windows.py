@@ -8,7 +8,7 @@ import subprocess
 from lora_files import read_lora
 from mini import MODULES
 
-from prolora.cli.patterns import expand_patterns
+from prolora.cli.running import expand_patterns
 from prolora.errors import join_words
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import re
 import signal
 import sys
+from glob import glob
 from typing import Any
 
 import typer
@@ -14,7 +16,6 @@ import typer
 from .commands import COMMANDS, build_app
 from .console import answer, err, prepare_streams
 from .exits import HANDLED, ExitCode, describe_error, find_exit_code
-from .patterns import expand_patterns
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +49,20 @@ def find_verb() -> str:
         if not any(word.startswith("-") for word in words[-2:]):
             return ""
     return next((word for word in words[:1] if word in COMMANDS), "")
+
+
+def expand_patterns(words: list[str]) -> list[str]:
+    """Expands `*`, `?` and a first `~` as shells other than Windows' do.
+
+    Brackets, `$` and `%` belong to names there, and are no pattern.
+    """
+    expanded: list[str] = []
+    for word in words:
+        path = os.path.expanduser(word) if re.match(r"~($|[\\/])", word) else word
+        is_pattern = re.search(r"[*?]", path) is not None
+        there = glob(path.replace("[", "[[]"), recursive=True) if is_pattern else []
+        expanded += sorted(there) or [path]
+    return expanded
 
 
 def run() -> None:
