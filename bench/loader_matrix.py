@@ -225,7 +225,7 @@ def encode(
         path = key.removesuffix(".weight").rpartition(".")[0]
         by_path.setdefault(path, []).append(key)
     groups = lay_out(adapter, format).groups
-    keys = {name: by_path[group.path] for group in groups for name in group.modules}
+    keys = {name: by_path[group.path] for group in groups for name in group.parts}
     return tensors, keys
 
 

@@ -26,6 +26,7 @@ _HOMES = {
     "Similarity": "core.similarity",
     "Transfer": "verbs.result",
     "TransferOptions": "verbs.options",
+    "__version__": "version",
     "bake": "making.bake",
     "check": "checking.check",
     "convert": "making.convert",
@@ -43,48 +44,10 @@ _HOMES = {
     "transfer": "best",
     "transfer_many": "best",
     "truncated_svd": "core.basis",
-    "__version__": "version",
 }
 _ROOMS = ("adapters", "architectures", "bases", "comparison", "core", "errors", "files", "fitting")
 
-__all__ = [
-    "DEFAULT_RANK",
-    "METHODS",
-    "Adapter",
-    "Base",
-    "Basis",
-    "Check",
-    "FitOptions",
-    "Lora",
-    "LowRank",
-    "MergeOptions",
-    "Method",
-    "Outcome",
-    "ProLoRAError",
-    "ProjectionInfo",
-    "Report",
-    "Similarity",
-    "Transfer",
-    "TransferOptions",
-    "__version__",
-    "bake",
-    "check",
-    "convert",
-    "extract",
-    "fit",
-    "fit_many",
-    "load_moved_lora",
-    "merge",
-    "migrate",
-    "open_base",
-    "open_experts",
-    "principal_angles",
-    "project",
-    "similarity",
-    "transfer",
-    "transfer_many",
-    "truncated_svd",
-]
+__all__ = [*_HOMES]
 
 
 def __getattr__(name: str) -> Any:

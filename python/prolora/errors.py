@@ -12,45 +12,15 @@ import shlex
 from collections.abc import Callable, Iterable
 from functools import partial
 
-from .core.exceptions import (
-    KernelFailure,
-    NoDerivative,
-    NonFiniteWeights,
-    ProLoRAError,
-    ShapeMismatch,
-    SolverFailure,
-    UnrelatedBases,
-    UnsupportedDevice,
-    UnsupportedTensor,
-)
-
-__all__ = [
-    "AlreadyMoved",
-    "HubUnavailable",
-    "InvalidOption",
-    "KernelFailure",
-    "MissingFile",
-    "NoDerivative",
-    "NonFiniteWeights",
-    "OutputError",
-    "OutputExists",
-    "ProLoRAError",
-    "ShapeMismatch",
-    "SolverFailure",
-    "TooLittleMemory",
-    "UnrelatedBases",
-    "UnsupportedDevice",
-    "UnsupportedFormat",
-    "UnsupportedTensor",
-    "WrongBase",
-    "describe_missing",
-    "explain_os_error",
-    "input_error",
-    "join_words",
-    "name_options",
-    "output_error",
-    "suggest",
-]
+from .core.exceptions import KernelFailure as KernelFailure
+from .core.exceptions import NoDerivative as NoDerivative
+from .core.exceptions import NonFiniteWeights as NonFiniteWeights
+from .core.exceptions import ProLoRAError as ProLoRAError
+from .core.exceptions import ShapeMismatch as ShapeMismatch
+from .core.exceptions import SolverFailure as SolverFailure
+from .core.exceptions import UnrelatedBases as UnrelatedBases
+from .core.exceptions import UnsupportedDevice as UnsupportedDevice
+from .core.exceptions import UnsupportedTensor as UnsupportedTensor
 
 
 class UnsupportedFormat(ProLoRAError):

@@ -42,7 +42,7 @@ def make_header(family: str, size: str, picks, format: str) -> Lora | None:
     up, down = ("lora_up", "lora_down") if format == "kohya" else ("lora_B", "lora_A")
     headers = {}
     for group in groups:
-        out, inputs = group.parts[group.modules[0]].shape
+        out, inputs = next(iter(group.parts.values())).shape
         out = fused_height(group.matrix, group.parts) if group.matrix else out
         headers[f"{group.path}.{up}.weight"] = (out, 4)
         headers[f"{group.path}.{down}.weight"] = (4, inputs)

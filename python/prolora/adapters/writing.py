@@ -161,7 +161,7 @@ def _prepare(
         scales = {
             name: alpha / group.rank if alpha else 1.0
             for group in layout.groups
-            for name in group.modules
+            for name in group.parts
         }
     header = clean_metadata(adapter.metadata, format, ranks)
     if format == "diffusers" and (table := encoding.diffusers_metadata(adapter, owners)):

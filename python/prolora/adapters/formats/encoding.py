@@ -44,7 +44,7 @@ def encode_adapter(adapter: Adapter, format: str, dtype: torch.dtype) -> dict[st
     layout = lay_out(adapter, format)
     alpha = common_rank(layout) if format == "kohya" else None
     for group in layout.groups:
-        name, update = group.modules[0], group.update()
+        name, update = next(iter(group.parts)), group.update()
         if alpha is not None and update.rank != alpha:
             update = LowRank(update.up.double() * (update.rank / alpha), update.down)
         factors = _cast_factors(name, update, dtype)

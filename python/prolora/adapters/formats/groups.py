@@ -38,24 +38,17 @@ class Group:
     matrix: AuthorsWeight | None  # the authors' weight with these modules as rows, if any
 
     @property
-    def modules(self) -> list[str]:
-        """The names of the parts."""
-        return list(self.parts)
-
-    @property
     def rank(self) -> int:
         """Columns of the factors in the file."""
-        return (
-            fused_updates.fused_rank(self.matrix, self.parts) if self.matrix else self._first.rank
-        )
+        if self.matrix:
+            return fused_updates.fused_rank(self.matrix, self.parts)
+        return next(iter(self.parts.values())).rank
 
     def update(self) -> LowRank:
         """Builds the factors in the file."""
-        return fused_updates.fuse_updates(self.matrix, self.parts) if self.matrix else self._first
-
-    @property
-    def _first(self) -> LowRank:
-        return self.parts[self.modules[0]]
+        if self.matrix:
+            return fused_updates.fuse_updates(self.matrix, self.parts)
+        return next(iter(self.parts.values()))
 
 
 @dataclass(frozen=True)
