@@ -196,11 +196,7 @@ def _choose_way(
 
 
 def _load_best_way() -> ModuleType:
-    """Loads what may run the models.
-
-    Raises:
-        ProLoRAError: this copy of prolora cannot fit.
-    """
+    """Loads what may run the models; refuses where this copy of prolora cannot fit."""
     try:
         from .fitting import best_way
     except ModuleNotFoundError as error:

@@ -71,7 +71,6 @@ def _parse_contents(source: Lora, base: BaseNames | None) -> Contents:
 
 
 def _check_complete(slot: Slot, source: Lora) -> None:
-    """Refuses an update that lacks a tensor or has one of another kind."""
     present = next(iter(slot.keys.values()))
     role = forms.find_missing_role(slot.keys.keys())
     if role is not None:

@@ -104,7 +104,6 @@ def fuse_updates(whole: AuthorsWeight, parts: Mapping[str, LowRank]) -> LowRank:
 
 
 def _swap_update(whole: AuthorsWeight, update: LowRank) -> LowRank:
-    """Swaps the halves of an update's rows if the authors' weight has them so."""
     return (
         LowRank(swap_halves(update.up), update.down) if whole.is_swapped(update.shape) else update
     )

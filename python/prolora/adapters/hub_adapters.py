@@ -75,11 +75,7 @@ def fetch_adapter(id_: HubId) -> Path:
 
 
 def _choose_hub_files(names: list[str], id_: HubId) -> list[str]:
-    """Returns the LoRA's files among all names in a repository.
-
-    Raises:
-        UnsupportedFormat: as `fetch_adapter`.
-    """
+    """Returns the LoRA's files among all names in a repository; refuses none or several."""
     if id_.path.lower().endswith(WEIGHT_FILES):
         return [id_.path]
     folder = PurePosixPath(id_.path)

@@ -179,7 +179,6 @@ def _find_neighbours(
 
 
 def _refuse_unknown(unknown: list[str], source: Lora) -> None:
-    """Describes what the first keys that are not understood look like."""
     first = unknown[0]
     if any(tensor_keys.is_base_weight(key) for key in unknown) and not any(
         tensor.role in ("down", "up") for tensor in source.tensors.values()

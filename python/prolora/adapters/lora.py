@@ -181,11 +181,7 @@ def read_finite(source: Lora, key: str) -> Tensor:
 
 
 def _read_config(config: PeftConfigLike) -> dict[str, Any]:
-    """Reads a configuration of PEFT as the JSON object that PEFT saves.
-
-    Raises:
-        UnsupportedFormat: it is something else.
-    """
+    """Reads a configuration of PEFT as the JSON object that PEFT saves; refuses others."""
     kind = type(config).__name__
     if not hasattr(config, "to_dict"):
         raise UnsupportedFormat(f"a peft.LoraConfig stands beside a state dict, not {kind}")

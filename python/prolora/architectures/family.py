@@ -208,7 +208,6 @@ class Family:
 
     @cached_property
     def _modules(self) -> _Patterns:
-        """Patterns of all canonical modules."""
         return _Patterns({name: name for name in self._holders.dotted})
 
     @cached_property
@@ -253,7 +252,6 @@ class _Patterns:
 
     @cached_property
     def underscored(self) -> dict[str, str]:
-        """The same for names with underscores."""
         return {name.replace(".", "_"): meaning for name, meaning in self.dotted.items()}
 
 

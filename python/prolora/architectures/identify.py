@@ -287,7 +287,6 @@ def _list_blocks(modules: Iterable[str]) -> dict[str, set[str]]:
 
 
 def _has_names(family: Family, names: Iterable[str]) -> bool:
-    """Returns whether a published size has all these modules, of any shape."""
     every = set(names)
     return any(every <= load_layout(id_).shapes.keys() for id_ in family.layouts)
 

@@ -193,14 +193,10 @@ def _expand_ranges(pattern: str) -> list[str]:
 def find_likely_layouts(shapes: Mapping[str, tuple[int, ...]]) -> list[Layout]:
     """Returns the layouts with the blocks of a checkpoint (module -> shape)."""
     shapes = {name: _drop_kernel(shape) for name, shape in shapes.items()}
-    likely = [id_ for id_ in known_layouts() if _may_be(id_, shapes)]
+    # The first attention that a table names rules out most of them.
+    firsts = ((id_, _find_attention(id_)) for id_ in known_layouts())
+    likely = [id_ for id_, first in firsts if first is None or shapes.get(first[0]) == first[1]]
     return [layout for layout in map(load_layout, likely) if _has_blocks(shapes, layout)]
-
-
-def _may_be(id_: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Compares the first attention that a table names: most tables are ruled out here."""
-    first = _find_attention(id_)
-    return first is None or shapes.get(first[0]) == first[1]
 
 
 @cache

@@ -123,7 +123,6 @@ def _parse_candidate(name: str, stem: str) -> Candidate | None:
 
 
 def _find_only_checkpoint(folder: Path, files: list[Path]) -> Path:
-    """Returns the only checkpoint of a folder without diffusers' file names."""
     tensors = [file for file in files if file.suffix in (".safetensors", ".gguf")]
     tensors = tensors or [file for file in files if file.suffix in (".bin", ".ckpt", ".pt", ".pth")]
     if len(tensors) == 1 and not _SHARD.search(tensors[0].name):

@@ -138,7 +138,6 @@ def _list_parameters(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def _open_path(source: str | os.PathLike[str], subfolder: str | None) -> Base:
-    """Opens a file or a folder, local or on the hub."""
     path = Path(source)
     if os.path.exists(path):
         named = path.resolve()
@@ -189,12 +188,10 @@ def _open_text_encoders(pipeline: Path) -> tuple[dict[str, Weight], list[Leaves]
 
 
 def _list_files(weights: Mapping[str, StoredWeight]) -> list[Leaves]:
-    """Lists the files of weights, each once."""
     return list(dict.fromkeys(weight.leaves for weight in weights.values()))
 
 
 def _list_metadata(files: list[Leaves]) -> list[Mapping[str, str]]:
-    """Returns the metadata of every header."""
     return [one.file.metadata for one in files if isinstance(one.file, SafetensorsFile)]
 
 

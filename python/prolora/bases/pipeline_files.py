@@ -184,6 +184,5 @@ def _is_finite(value: Any) -> bool:
 
 
 def _shorten(value: object) -> str:
-    """Shortens a value for messages."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}…"

@@ -67,7 +67,6 @@ def can_fit(source: Path | None, target: Path | None) -> bool:
 
 
 def _has_fitted_blocks(folder: Path) -> bool:
-    """Returns whether a pipeline's UNet or transformer has linear layers in blocks."""
     part = next((part for part in MODELS if (folder / part).is_dir()), None)
     if part is None:
         return False

@@ -135,7 +135,6 @@ class Check:
         return join_titles(titles if len(titles) == 1 else map(find_title, self.families))
 
     def _judge_place(self) -> tuple[Mark, str]:
-        """Judges whether every module has its place in a known model."""
         if not self.families:
             others = " and others" * (len(self.named) > 1)
             sizes = (
@@ -172,7 +171,6 @@ class Check:
         return "⚠", f"{title} applies {much}{fix}"
 
     def _judge_readers(self) -> tuple[Mark, str]:
-        """Judges whether any program reads all of it."""
         # PEFT itself reads its folders, whatever the model.
         if self.format == "peft" or {*self.readers.whole} - {*self.readers.untried}:
             return "✔", f"read by {', '.join(self.readers.whole) or 'PEFT'}"

@@ -85,7 +85,6 @@ def _describe_contents(
     result: Check,
     program: str | None,
 ) -> Check:
-    """Describes a LoRA that is read."""
     slots, shapes = contents.slots, measure_modules(contents.slots)
     paths = [slot.module for slot in slots] or [one.module for one in contents.vectors]
     of_vectors = {name for one in contents.vectors for name in one.module.modules}
@@ -143,10 +142,7 @@ def _read_alpha(slot: Slot, opened: Lora) -> str:
 
 
 def _describe_refused(opened: Lora, result: Check, reason: str) -> Check:
-    """Describes a file that is not read as a LoRA.
-
-    A base, an adapter of another kind, or neither.
-    """
+    """Describes a base, an adapter of an unread kind, or neither."""
     is_adapter = any(map(tensor_keys.is_of_adapter, opened.tensors))
     if any(map(tensor_keys.is_base_weight, opened.tensors)):
         try:
@@ -225,7 +221,6 @@ def check_model(path: Any) -> Check:
 
 
 def _describe_base(base: Base, path: str, format: str) -> Check:
-    """Describes a base model that is open."""
     shapes = {name: (shape[0], shape[1]) for name, shape in base.shapes.items()}
     return Check(
         path=path,

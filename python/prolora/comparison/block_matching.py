@@ -105,7 +105,6 @@ def _match_groups(
     groups: list[BlockGroup],
     subspaces: _Subspaces,
 ) -> Matching:
-    """Scores and assigns the blocks of every group."""
     decisions: list[BlockDecision] = []
     partners: dict[str, str] = {}
     dropped: list[str] = []

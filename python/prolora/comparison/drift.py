@@ -75,11 +75,7 @@ def measure_affinities(
 def _measure_pair(
     source: Base, target: Base, device: torch.device | str, pair: tuple[str, str]
 ) -> Affinity:
-    """Returns the affinity of a pair, computed on a device.
-
-    Raises:
-        NonFiniteWeights: names the tensor and the file.
-    """
+    """Returns the affinity of a pair, computed on a device; refuses NaN and Inf by name."""
     shape = matrix_shape(target.shapes[pair[1]])
     # A base in memory may be on a card, and the other one in a file.
     first, second = source.read(pair[0]).to(device), target.read(pair[1]).to(device)

@@ -34,19 +34,11 @@ class _NumberedBlock(NamedTuple):
     number: str
 
     def module(self, local: str) -> str:
-        """Returns the full name of a module of the block."""
         return f"{self.stack}.{self.number}.{local}"
 
 
-class _Kind(NamedTuple):
-    """What two blocks must share to be compared."""
-
-    local: str
-    shape: tuple[int, int]
-
-
 def recognise_blocks(
-    match: Match, source: Base, target: Base, cosines: Mapping[str, float] | None = None
+    match: Match, source: Base, target: Base, cosines: Mapping[str, float]
 ) -> Match:
     """Replaces a namesake by the block with the target block's weights.
 
@@ -58,9 +50,8 @@ def recognise_blocks(
         match: how modules are paired.
         source: the base that LoRAs come from.
         target: the base that they move to.
-        cosines: of the target's modules with their namesakes, as far as they were measured; then
-            nothing more is read unless a block is a stranger. None looks at one weight of each
-            block.
+        cosines: of the target's modules with their namesakes, as far as they were measured. No
+            weight is read unless a block is a stranger.
 
     Returns:
         `match` itself, or a `Renumbering`.
@@ -71,17 +62,11 @@ def recognise_blocks(
     if not isinstance(match, str) or match != AUTO_MATCH:
         return match
     table, rule = find_partners(source, target, match)
-    looked_at = table if cosines is None else {t: s for t, s in table.items() if t in cosines}
-    partners, witnesses = _choose_witnesses(looked_at, source, target)
-    strangers = []
-    for block, local in witnesses.items():
-        module, origin = block.module(local), partners[block].module(local)
-        if cosines is None:
-            cosine = float(_sample_weight(target, module) @ _sample_weight(source, origin))
-        else:
-            cosine = cosines[module]
-        if cosine < STRANGE_COSINE:
-            strangers.append(block)
+    measured = {t: s for t, s in table.items() if t in cosines}
+    witnesses = _choose_witnesses(measured, source, target)
+    strangers = [
+        block for block, local in witnesses.items() if cosines[block.module(local)] < STRANGE_COSINE
+    ]
     origins = _find_origins(strangers, witnesses, source, target)
     if not origins:
         return match
@@ -103,9 +88,8 @@ def _find_block(module: str) -> _NumberedBlock | None:
 
 def _choose_witnesses(
     table: Mapping[str, str], source: Base, target: Base
-) -> tuple[dict[_NumberedBlock, _NumberedBlock], dict[_NumberedBlock, str]]:
-    """Returns target block -> its namesake, and -> its smallest attention weight, if any."""
-    partners: dict[_NumberedBlock, _NumberedBlock] = {}
+) -> dict[_NumberedBlock, str]:
+    """Returns target block -> its smallest weight with a namesake, of attention if any."""
     witnesses: dict[_NumberedBlock, tuple[bool, int, str]] = {}
     for module, origin in table.items():
         block, partner = _find_block(module), _find_block(origin)
@@ -115,10 +99,9 @@ def _choose_witnesses(
             continue
         local = module.removeprefix(block.module(""))
         if partner.module(local) == origin:
-            partners[block] = partner
             ranked = not is_attention(module), math.prod(shape), local
             witnesses[block] = min(witnesses.get(block, ranked), ranked)
-    return partners, {block: local for block, (_, _, local) in witnesses.items()}
+    return {block: local for block, (_, _, local) in witnesses.items()}
 
 
 def _sample_weight(base: Base, module: str) -> Tensor:
@@ -137,22 +120,23 @@ def _find_origins(
     target: Base,
 ) -> dict[_NumberedBlock, _NumberedBlock]:
     """Finds source blocks whose witnesses point the same way as the strangers'."""
-    kinds: dict[_Kind, list[_NumberedBlock]] = {}
+    # Only blocks whose witnesses have one name in the block and one shape are compared.
+    kinds: dict[tuple[str, tuple[int, int]], list[_NumberedBlock]] = {}
     for block in strangers:
         local = witnesses[block]
         shape = matrix_shape(target.shapes[block.module(local)])
-        kinds.setdefault(_Kind(local, shape), []).append(block)
+        kinds.setdefault((local, shape), []).append(block)
     origins = {}
-    for kind, blocks in kinds.items():
+    for (local, size), blocks in kinds.items():
         candidates = [
             place
             for module, shape in source.shapes.items()
             if (place := _find_block(module)) is not None
-            and module == place.module(kind.local)
-            and matrix_shape(shape) == kind.shape
+            and module == place.module(local)
+            and matrix_shape(shape) == size
         ]
-        sources = torch.stack([_sample_weight(source, b.module(kind.local)) for b in candidates])
-        targets = torch.stack([_sample_weight(target, b.module(kind.local)) for b in blocks])
+        sources = torch.stack([_sample_weight(source, b.module(local)) for b in candidates])
+        targets = torch.stack([_sample_weight(target, b.module(local)) for b in blocks])
         cosines = targets @ sources.mT
         best, places = cosines.nan_to_num(0.0).max(-1)
         for block, cosine, place in zip(blocks, best.tolist(), places.tolist(), strict=True):

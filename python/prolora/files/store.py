@@ -210,7 +210,6 @@ def _check_inputs(path: StrPath, place: Path, inputs: Iterable[StrPath]) -> None
 
 
 def _give_name(temporary: Path, place: Path, overwrite: bool) -> None:
-    """Moves a finished file or folder to its name."""
     try:
         if temporary.is_dir() and overwrite and place.is_dir():
             # A reader needs the last (a PEFT folder's weights): it never finds files of both. Until

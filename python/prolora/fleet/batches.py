@@ -101,7 +101,6 @@ def plan_batch(batch: Batch, job: Job) -> Iterator[Migrated]:
 
 
 def _find_pair(batch: Batch) -> tuple[Any, Any]:
-    """Opens the two bases of a batch."""
     pairs = pair_experts(open_experts(batch.source), open_experts(batch.target))
     pair = next(pair for pair in pairs if pair.expert == batch.expert)
     return pair.source, pair.target

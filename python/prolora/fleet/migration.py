@@ -110,7 +110,6 @@ def _list_paths(paths: StrPath | Sequence[StrPath]) -> list[str]:
 
 
 def _take_shard(batches: list[Batch], shard: str | None) -> list[Batch]:
-    """Returns the batches of one job of several."""
     if shard is None:
         return batches
     number, _, count = str(shard).partition("/")

@@ -102,7 +102,6 @@ def _work(batch: Batch, job: Job, mark: str) -> Iterator[Any]:
 def _collect(
     ray: Any, answers: Any, running: dict[Any, _Running], waiting: deque[Batch], job: Job
 ) -> Iterator[Migrated]:
-    """Takes the next answer of a task."""
     task = running[answers]
     try:
         answer = ray.get(next(answers))

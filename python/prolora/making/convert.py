@@ -178,7 +178,6 @@ def _run(lora: Lora | Adapter, base: Base | None, options: ConvertOptions) -> Tr
 
 
 def _describe_strength(report: MadeReport, before: Adapter, after: Adapter) -> MadeReport:
-    """Compares every update with the one before its alpha was set."""
     norms = {
         n: (float(x.norm()), float(after.updates[n].norm())) for n, x in before.updates.items()
     }

@@ -137,7 +137,6 @@ class _Difference:
 
     @property
     def format(self) -> FormatLike:
-        """The format of the result."""
         return self.options.format or cast(FormatLike, self.outline({}).format)
 
     def check(self) -> None:
@@ -169,11 +168,9 @@ class _Difference:
 
     @property
     def memory(self) -> Memory:
-        """What may be in memory at a time."""
         return Memory(self.options.memory_limit, self.options.rank, self.options.device)
 
     def _count_result_bytes(self) -> int:
-        """Counts the bytes of all modules' factors."""
         return sum(4 * row.rank_out * sum(row.shape) for row in self.rows.values())
 
     def _most_columns(self, shape: tuple[int, int]) -> int:
@@ -182,7 +179,6 @@ class _Difference:
         return min(shape) if isinstance(rank, float) else min(*shape, rank)
 
     def _check_bases(self) -> None:
-        """Refuses equal bases, and bases with unequal modules."""
         base, tuned = self.base, self.tuned
         if are_one_base(base, tuned):
             raise WrongBase(
@@ -362,7 +358,6 @@ class _Difference:
         return metadata
 
     def report(self, **facts: Any) -> MadeReport:
-        """Reports what is known by now."""
         base, tuned = (x.name.removesuffix(".safetensors") for x in (self.base, self.tuned))
         fields = {"modules": tuple(self.rows.values())} | facts
         return MadeReport(

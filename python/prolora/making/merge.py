@@ -129,7 +129,6 @@ class _Merge:
     def open(
         cls, loras: Sequence[Lora | Adapter], target: Base | None, options: MergeOptions
     ) -> _Merge:
-        """Checks the numbers of all."""
         options.check_count(len(loras))
         strengths = list(options.strengths or [1.0] * len(loras))
         return cls(list(loras), target, options, name_loras(loras), strengths)
@@ -166,7 +165,6 @@ class _Merge:
         return Transfer(merged, report, self.inputs, self.options.format or "auto", asked)
 
     def _read(self, i: int) -> None:
-        """Reads a LoRA."""
         lora, name = self.loras[i], self.names[i]
         try:
             if self.target is not None:
@@ -331,7 +329,6 @@ class _Merge:
     def _report(
         self, rows: Sequence[ModuleReport], result: Adapter, dtype: torch.dtype
     ) -> MergeReport:
-        """Reports what became of each LoRA."""
         parts, overlaps = self._measure(result, dtype)
         left_out = dict(self.left_out)
         kept_energy: dict[str, float] = {}

@@ -138,7 +138,6 @@ def fit_published(lora: Lora, id_: str) -> BaseMatch:
 
 @cache
 def _outline_published(size: str) -> BaseShapes:
-    """Returns the names and shapes of a published size."""
     shapes = load_layout(size).shapes
     return BaseShapes(find_title(size), shapes, {n: n for n in shapes}, identify_base(shapes))
 
@@ -175,7 +174,6 @@ def fit_shapes(lora: Lora | Adapter, model: NamedShapes) -> BaseMatch:
 
 
 def _place_modules(lora: Lora | Adapter, base: NamedShapes) -> list[ModuleReport]:
-    """Returns the rows of a LoRA's modules."""
     if not isinstance(lora, Lora):
         rows = list_unread_modules(lora)
         sizes = {name: (x.shape[0], x.shape[1]) for name, x in lora.updates.items()}
@@ -205,10 +203,7 @@ def _lacks_encoder(slot: Slot, base: NamedShapes) -> bool:
 
 
 def _describe_place(name: str, shape: tuple[int, int], reason: str | None) -> ModuleReport:
-    """Makes the row of a LoRA's module on a base.
-
-    `reason` says why it has no counterpart, None if it has.
-    """
+    """Makes the row of a module on a base; `reason` says why it has no place there."""
     status, target = ("skipped", None) if reason else ("mapped", name)
     return ModuleReport(name, target, status, reason or "has its place", shape, 1)
 

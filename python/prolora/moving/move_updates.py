@@ -104,7 +104,6 @@ def _leave_out_strangers(ledger: Ledger) -> None:
 
 
 def _explain_unrelated(verdict: PairVerdict, source: Base, target: Base) -> str:
-    """Explains why `auto` writes nothing, and what may work instead."""
     fits = can_fit(source.path, target.path)
     fit = RUN_INSTEAD if fits else "`fit()` where both models can run as whole pipelines"
     return (
@@ -115,7 +114,6 @@ def _explain_unrelated(verdict: PairVerdict, source: Base, target: Base) -> str:
 
 
 def _explain_zeros(base: Base) -> str:
-    """Explains why `auto` writes nothing between bases without values."""
     return (
         f"{base.path or base.name}: every weight that the LoRA updates is zero, as in a "
         "placeholder or a damaged file, so there is nothing to choose a method by; give the real "

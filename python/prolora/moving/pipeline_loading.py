@@ -61,5 +61,4 @@ def load_moved_lora(
 
 
 def _list_adapters(pipe: Any) -> set[str]:
-    """Returns the names of all adapters in a pipeline's components."""
     return {name for names in pipe.get_list_adapters().values() for name in names}

@@ -126,7 +126,6 @@ def make_plan(
 
 
 def _explain_skipped(name: str, match: Match) -> str:
-    """Explains why a module has no partner on the target."""
     if not isinstance(match, Matching):
         return "the target has no such module"
     if find_block(name) and not match.decisions:

@@ -169,7 +169,6 @@ class TransferReport(MovedReport):
 
     @staticmethod
     def _describe_cut(lost: float) -> str:
-        """Reports what cutting the rank took."""
         return (
             f"Cutting the rank took {lost:.0%} of what was moved; a higher `out_rank` keeps more "
             "of it."

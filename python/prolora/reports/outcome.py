@@ -108,7 +108,6 @@ class OutcomesReport(Report):
         return [make_table(self.title, columns, rows, "index")]
 
     def _describe(self, outcome: Outcome) -> Row:
-        """Makes a row: the numbers, and on a page the sentences."""
         words, report = outcome.words, outcome.report
         start = f"{words.mark} {self.name(outcome)}", outcome.status
         below = tuple(str(words).split("\n"))

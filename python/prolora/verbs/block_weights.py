@@ -112,7 +112,6 @@ class BlockWeights:
     def _resolve_names(
         self, table: DepthTable, modules: Collection[str], title: str
     ) -> dict[str, float]:
-        """Returns the factor of the last name that fits each module."""
         factors: dict[str, float] = {}
         for name, factor in self.named:
             fits = _Pattern(name, table)
@@ -156,7 +155,6 @@ class _Pattern:
         self._range = _RANGE.fullmatch(name)
 
     def __call__(self, module: str) -> bool:
-        """Returns True if a module is meant."""
         place = self._table.find_place(module)
         if self._places is not None:
             return place in self._places
@@ -179,11 +177,7 @@ def _spell_place(place: str) -> str:
 
 
 def _read_factor(value: object) -> float:
-    """Reads one factor.
-
-    Raises:
-        InvalidOption: it is no number, or too large.
-    """
+    """Reads one factor; refuses what is no number, or too large."""
     try:
         factor = float(value) if isinstance(value, str | int | float) else math.nan
     except ValueError:

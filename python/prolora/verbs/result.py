@@ -341,7 +341,6 @@ def read_verdict(metadata: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def _jsonable(value: Any) -> Any:
-    """Converts an option for JSON."""
     if isinstance(value, Matching):
         return "similarity"  # which the two bases determine
     if isinstance(value, Method) or callable(value):

@@ -190,7 +190,6 @@ def clean_metadata(
 
 
 def _describe_ranks(metadata: dict[str, str], format: str, ranks: set[int]) -> None:
-    """Describes a plain LoRA of these ranks."""
     if format == "kohya":
         is_flux = metadata.get("ss_base_model_version", "").startswith("flux1")
         network = "networks.lora_flux" if is_flux else "networks.lora"

@@ -203,7 +203,6 @@ class Codec(NamedTuple):
         return _CONDITIONER + path.removeprefix(_ADAPTER) if path.startswith(_ADAPTER) else path
 
     def _write_encoder(self, name: str) -> str | None:
-        """Returns the path of a text encoder's module."""
         component, local = find_component(name), local_name(name)
         if self.format == "diffusers":
             return name

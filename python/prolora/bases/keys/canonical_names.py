@@ -123,7 +123,6 @@ def _unwrap(weights: Mapping[str, Weight]) -> dict[str, Weight]:
 
 
 def _take_prefix(weights: Mapping[str, Weight], prefix: str) -> dict[str, Weight]:
-    """Selects the weights with a prefix and strips it."""
     return {key.removeprefix(prefix): w for key, w in weights.items() if key.startswith(prefix)}
 
 
@@ -179,7 +178,6 @@ class _KeySpelling:
 def _name_modules(
     model: Mapping[str, Weight], names: _KeySpelling, where: str
 ) -> dict[str, Weight]:
-    """Returns the weights of `model` under their module names."""
     named: dict[str, Weight] = {}
     for key, weight in model.items():
         if len(weight.shape) < 2:

@@ -143,7 +143,6 @@ def _find_notes(parts: CheckpointParts) -> dict[str, Note]:
 
 
 def _join_layer(parts: CheckpointParts, module: str, note: Note) -> None:
-    """Joins one layer with a note."""
     format_ = note.get("format")
     if isinstance(format_, str) and format_ in _FLOAT8:
         if not any(parts.get(module + scale) for scale in _SCALES):
@@ -231,7 +230,6 @@ def _read_settings(note: Note) -> Note:
 
 
 def _join_awq(parts: CheckpointParts, module: str, note: Note) -> None:
-    """Joins int4 with scales and zeros."""
     key = f"{module}.weight"
     stored = _check_codes(parts, key, _BYTES, 1)
     rows, columns = stored.shape[0], 2 * stored.shape[1]

@@ -77,7 +77,6 @@ def _is_tiny(png: bytes) -> bool:
 
 @cache
 def _read_asset(name: str) -> str:
-    """Reads a file beside this one."""
     return resources.files(__package__).joinpath(name).read_text("utf-8")
 
 
