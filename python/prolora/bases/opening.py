@@ -14,13 +14,7 @@ from torch import Tensor
 
 from ..architectures.modules import TEXT_ENCODERS
 from ..core.arrays import MatrixLike, to_tensor
-from ..errors import (
-    InvalidOption,
-    MissingFile,
-    ShapeMismatch,
-    UnsupportedFormat,
-    describe_missing,
-)
+from ..errors import InvalidOption, MissingFile, ShapeMismatch, UnsupportedFormat, describe_missing
 from ..files.hub import find_hub_id
 from ..files.safetensors_file import SafetensorsFile
 from .base import Base

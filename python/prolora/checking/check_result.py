@@ -8,13 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..adapters.formats.moves import (
-    UNSTATED,
-    Move,
-    StatedBase,
-    describe_moves,
-    explain_other_bases,
-)
+from ..adapters.formats.moves import UNSTATED, Move, StatedBase, describe_moves, explain_other_bases
 from ..adapters.formats.programs import Readers
 from ..architectures.families import find_title, join_titles
 from ..architectures.loaders import known_loaders

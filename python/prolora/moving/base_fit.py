@@ -17,12 +17,7 @@ from ..architectures.families import find_title, join_titles, known_families
 from ..architectures.identify import identify_base, is_language_model
 from ..architectures.layouts import known_layouts, load_layout
 from ..architectures.modules import TEXT_ENCODERS, find_component, is_in_text_encoder
-from ..bases.describe import (
-    BaseShapes,
-    NamedShapes,
-    describe_base,
-    explain_other_shape,
-)
+from ..bases.describe import BaseShapes, NamedShapes, describe_base, explain_other_shape
 from ..errors import ShapeMismatch, UnsupportedFormat, suggest
 from ..reports.module_report import (
     ModuleReport,

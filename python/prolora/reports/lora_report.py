@@ -21,13 +21,7 @@ from .module_report import (
     measure_coverage,
     split_modules,
 )
-from .module_tables import (
-    MEASURED,
-    Measured,
-    tabulate_modules,
-    tabulate_moved,
-    tabulate_reasons,
-)
+from .module_tables import MEASURED, Measured, tabulate_modules, tabulate_moved, tabulate_reasons
 from .report import PictureGrid, Report, Sentence, read_again
 from .table import Column, Row, Table, make_table
 

@@ -10,12 +10,7 @@ from ...architectures import loaders
 from ...architectures.families import known_families, list_loaded
 from ...architectures.family import KOHYA, SPELLINGS, UNET_KOHYA, AuthorsWeight, Family, Spelling
 from ...architectures.layouts import load_layout
-from ...architectures.modules import (
-    TEXT_ENCODER_PREFIXES,
-    TEXT_ENCODERS,
-    find_component,
-    is_in_adm,
-)
+from ...architectures.modules import TEXT_ENCODER_PREFIXES, TEXT_ENCODERS, find_component, is_in_adm
 from ...architectures.shared_names import find_unet_names
 from ...core.grouping import group_by
 from ...core.lowrank import LowRank

@@ -4,13 +4,7 @@ Its authors keep q, k and v of the blocks apart; ComfyUI's files fuse them.
 """
 
 from ..family import Family
-from .hunyuan_video import (
-    ALIASES,
-    DOUBLE_BLOCKS,
-    FIRST_AND_LAST,
-    SPLIT_ALIASES,
-    TOKEN_REFINER,
-)
+from .hunyuan_video import ALIASES, DOUBLE_BLOCKS, FIRST_AND_LAST, SPLIT_ALIASES, TOKEN_REFINER
 
 FAMILY = Family(
     id="hunyuan-video-1.5",

@@ -12,13 +12,7 @@ from torch import Tensor
 
 from ...errors import UnsupportedFormat
 from ...files.gguf_file import GgufFile
-from ..weights import (
-    ConvertedWeight,
-    DerivedWeight,
-    RowsWeight,
-    StoredWeight,
-    Weight,
-)
+from ..weights import ConvertedWeight, DerivedWeight, RowsWeight, StoredWeight, Weight
 from .codes import read_floats
 
 # Numbers decoded at a time: 16 MiB of float32, and a few times that beside the result.
