@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from ..adapters.formats.moves import MERGE, Move, describe_moves
-from ..core.means import weighted_mean
 from ..version import __version__
 from .module_report import (
     LEFT_OUT,
@@ -21,7 +20,14 @@ from .module_report import (
     measure_coverage,
     split_modules,
 )
-from .module_tables import MEASURED, Measured, tabulate_modules, tabulate_moved, tabulate_reasons
+from .module_tables import (
+    MEASURED,
+    Measured,
+    tabulate_modules,
+    tabulate_moved,
+    tabulate_reasons,
+    weighted_mean,
+)
 from .report import PictureGrid, Report, Sentence, read_again
 from .table import Column, Row, Table, make_table
 

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Sequence
 from ..architectures.depth import is_number, stack_order
 from ..architectures.modules import find_block, find_stage, write_shape
 from ..core.grouping import group_by
-from ..core.means import weighted_mean
 from .module_report import Measures, ModuleReport
 from .table import NOTHING, Cell, Column, Row, Table, make_table, write_extremes
 
@@ -110,6 +109,13 @@ def tabulate_reasons(modules: Iterable[ModuleReport]) -> Table | None:
     columns = Column("why"), Column("status"), Column("n", "d")
     rows = [Row((why, status, count)) for (status, why), count in counts.most_common()]
     return make_table("Modules that did not move", columns, rows) if rows else None
+
+
+def weighted_mean(pairs: Iterable[tuple[float, float | None]]) -> float | None:
+    """Averages (weight, value) pairs without None values; None if no weight is left."""
+    finite = [(weight, value) for weight, value in pairs if value is not None]
+    total = sum(weight for weight, _ in finite)
+    return float(sum(weight * value for weight, value in finite) / total) if total else None
 
 
 def average_rows(

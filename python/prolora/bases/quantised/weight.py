@@ -114,11 +114,8 @@ class ScaledWeight(QuantisedWeight):
     def load_scales(self) -> tuple[Tensor, ...]:
         """Reads scale, zero and shift of each tile [m/rows, n/columns]; absent ones are empty."""
         scale = self.read_scale(self.scales[0], zero=self.scales[0].shape not in ((), (1,)))
-        return self.lay_out(scale / self.divisor), torch.empty(0), torch.empty(0)
-
-    def lay_out(self, parts: Tensor) -> Tensor:
-        """Arranges numbers for each tile, in the order of the file, as a matrix."""
-        return parts.reshape(-(-self.shape[0] // self.tile[0]), -1)
+        tiles = (scale / self.divisor).reshape(-(-self.shape[0] // self.tile[0]), -1)
+        return tiles, torch.empty(0), torch.empty(0)
 
     def decode(self, start: int, stop: int, scales: tuple[Tensor, ...]) -> Tensor:
         """Decodes the numbers, tile by tile [rows, n/columns, columns]."""
