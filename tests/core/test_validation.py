@@ -181,8 +181,6 @@ def test_a_job_computes_on_a_gpu_where_there_is_one(kind, monkeypatch):
     assert resolve_options(kind(), {}).device == "cuda"
     assert resolve_options(kind(), {"device": "cpu"}).device == "cpu"
     assert resolve_options(kind(device=torch.device("cuda", 0)), {}).device == "cuda:0"
-    # Workers that carry out a plan need not be on this machine.
-    assert resolve_options(kind(), {}, here=False).device is None
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert resolve_options(kind(), {}).device == "cpu"
 

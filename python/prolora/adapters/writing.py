@@ -95,22 +95,9 @@ def encode_state_dict(
 ) -> dict[str, Tensor]:
     """Returns the tensors of `write_adapter`'s file, by key, without a file.
 
-    Like the file, they are read back and compared before they are given out. No loader needs more
-    than them: the scale is 1 in all, whether the ranks differ or not. `format="diffusers"` is what
-    `pipe.load_lora_weights(...)` takes.
-
-    Args:
-        adapter: what to encode.
-        format: as `write_adapter` takes it.
-        dtype: as `write_adapter` takes it.
-
-    Returns:
-        Tensors on the CPU in memory of their own: factors [out, r] and [r, in], on convolutions
-        [out, r, 1, 1] and [r, in, kh, kw]; alphas [] where the format has them.
-
-    Raises:
-        UnsupportedFormat, ShapeMismatch, NonFiniteWeights: as `write_adapter` does.
-        OutputError: no module is left in the adapter, or it reads back differently.
+    Like the file, they are read back and compared before they are given out, on the CPU and in
+    memory of their own. No loader needs more than them: the scale is 1 in all, whether the ranks
+    differ or not. Arguments and errors are `write_adapter`'s.
     """
     output = _prepare(adapter, format, dtype, "the state dict", configured=False)
     tensors = {key: tensor.detach().clone() for key, tensor in output.tensors.items()}
@@ -208,13 +195,7 @@ def _verify_output(
 def find_kept(
     adapter: Adapter, format: str = "auto", dtype: torch.dtype | None = None
 ) -> KeptTensors | None:
-    """Returns the stored tensors that are written as they are; None where factors are.
-
-    Args:
-        adapter: what is written.
-        format: as `write_adapter` takes it.
-        dtype: likewise.
-    """
+    """Returns the stored tensors that `write_adapter` writes as they are; None for factors."""
     # One format and one program are called diffusers; what is asked for is the format.
     asked = format in SPELLINGS or format not in ("auto", *known_loaders())
     kinds = {one.kind for one in adapter.stored}

@@ -185,14 +185,9 @@ def weight_stages(show: ShowProgress, stages: Mapping[str, float]) -> ShowProgre
 
 @contextmanager
 def progress_bar(title: str, shown: bool = True, timed: bool = True) -> Iterator[ShowProgress]:
-    """Yields progress(done, total, name), which draws a bar on a terminal.
+    """Yields progress(done, total, name), which draws a bar on a terminal's stderr.
 
-    The bar is drawn on stderr.
-
-    Args:
-        title: what is being done, in one word.
-        shown: False draws nothing.
-        timed: whether to estimate the time that is left; False where the names say it.
+    `timed` also estimates the time that is left; False where the names say it.
     """
     if not (shown and err.is_terminal):
         yield lambda done, total, name: None

@@ -65,14 +65,7 @@ def match_blocks(
     all blocks are paired by equal name and shape, since each exists once. Convolutions are left
     alone: nothing here says where they went.
 
-    Args:
-        source: the base with the blocks to look among.
-        target: the base whose blocks are asked for.
-        cache: keeps subspaces; None keeps nothing.
-        device: where to compute. Default: a GPU if present, else the CPU.
-        max_memory: bytes of memory that this process may take, or a text such as "2GiB"; None sets
-            no bound.
-        progress: called as progress(done, total, name).
+    `cache`, `device`, `max_memory` and `progress` are a transfer's options.
 
     Raises:
         UnsupportedDevice: the device cannot be used.

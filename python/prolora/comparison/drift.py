@@ -33,14 +33,8 @@ def measure_affinities(
 
     A pair that the cache knows is not read at all: it was finite when it was looked at.
 
-    Args:
-        source: the base that a LoRA comes from.
-        target: the base it goes to.
-        pairs: (source module, target module) of equal matrix shape.
-        progress: called as progress(done, total, target module).
-        cache: remembers the affinities of weights by their content.
-        room: bounds how many pairs are in memory at a time.
-        device: where to compute.
+    `pairs` are (source module, target module) of equal matrix shape. The cache remembers affinities
+    by the content of weights; `room` bounds how many pairs are in memory at a time.
 
     Raises:
         NonFiniteWeights: names the first tensor that holds NaN or Inf, and its file.

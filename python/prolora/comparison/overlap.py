@@ -45,11 +45,8 @@ def align_bases(
 ) -> Alignment:
     """Returns the alignment of a stack of pairs; computes only what notes lack.
 
-    Args:
-        names: of each pair the names of its two bases (`BasisCache.names`), or None.
-        source: the source's bases, [b, m, n].
-        target: the target's.
-        notes: the table of the two base models (`BasisCache.pairs`); what is computed goes there.
+    `names` are of each pair the names of its two bases (`BasisCache.names`), or None; the bases are
+    stacks [b, m, n]. What is computed goes into `notes`, the table of `BasisCache.pairs`.
     """
     keys = [None if None in pair else " ".join((KEY_PREFIX, *map(str, pair))) for pair in names]
     recalled = [_check_row(notes.get(key)) if key else None for key in keys]

@@ -46,15 +46,8 @@ def recognise_blocks(
     weight points the same way, if there is one. All else stays as it was; so does every match but
     "auto".
 
-    Args:
-        match: how modules are paired.
-        source: the base that LoRAs come from.
-        target: the base that they move to.
-        cosines: of the target's modules with their namesakes, as far as they were measured. No
-            weight is read unless a block is a stranger.
-
-    Returns:
-        `match` itself, or a `Renumbering`.
+    `cosines` are of the target's modules with their namesakes, as far as they were measured: no
+    weight is read unless a block is a stranger. Returns `match` itself, or a `Renumbering`.
 
     Raises:
         UnsupportedFormat: the bases cannot be paired by name.

@@ -29,13 +29,9 @@ _RIDGE, _TIES, _PIVOT, _MOST_PIVOTS = 1e-7, 1e-14, 1e-12, 10_000
 
 
 def sum_updates(parts: Sequence[LowRank]) -> LowRank:
-    """Adds updates exactly, Σ ΔW_k: the factors side by side.
+    """Adds updates [m, n] exactly, Σ ΔW_k: the factors side by side.
 
-    Args:
-        parts: updates of one weight [m, n], at least one.
-
-    Returns:
-        Factors of as many columns as all parts have, cut to min(m, n).
+    The result has as many columns as all parts together, cut to min(m, n).
 
     Raises:
         ShapeMismatch: the updates differ in shape.
@@ -59,9 +55,7 @@ def subtract_updates(update: LowRank, other: LowRank) -> LowRank:
 def merge_updates(parts: Sequence[LowRank], method: str = "sum") -> LowRank:
     """Merges several updates of one weight [m, n] into one.
 
-    Args:
-        parts: the updates, at least one.
-        method: "sum", or "balanced" for a sum with `balance_updates`' factors.
+    `method` is "sum", or "balanced" for a sum with `balance_updates`' factors.
 
     Raises:
         ShapeMismatch: the updates differ in shape.

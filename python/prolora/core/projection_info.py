@@ -93,11 +93,8 @@ def measure_projection(
     ‖XᵀY‖² = tr((XXᵀ)(YYᵀ)). Distances are differences of large numbers and need float64; shares of
     the energy do not.
 
-    Args:
-        sides: the rows of both factors, left and right.
-        grams: of these rows and of what a method made of them.
-        bases: of the source and of the target.
-        similar: their overlap, where it is known already.
+    The Gram matrices are of the rows of both sides, and of what a method made of them; `similar` is
+    the overlap of the bases, where it is known already.
     """
     (left, right), (up, down), (source, target) = sides, grams, bases
     before = _inner_product(up.x, down.x)

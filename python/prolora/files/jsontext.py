@@ -34,9 +34,7 @@ def replace_nonfinite(value: Any) -> Any:
 def parse_json_object(text: str | bytes, where: str) -> dict[str, Any]:
     """Parses a JSON object.
 
-    Args:
-        text: JSON; bytes are UTF-8, perhaps with a byte order mark.
-        where: what messages call it.
+    Bytes are UTF-8, perhaps with a byte order mark; messages call it `where`.
 
     Raises:
         UnsupportedFormat: it is damaged, or another kind of value.
@@ -51,11 +49,7 @@ def parse_json_object(text: str | bytes, where: str) -> dict[str, Any]:
 
 
 def read_json_object(path: Path, limit: int = SIZE_LIMIT) -> dict[str, Any]:
-    """Reads a file that holds one JSON object.
-
-    Args:
-        path: the file, UTF-8.
-        limit: most bytes.
+    """Reads a UTF-8 file of at most `limit` bytes that holds one JSON object.
 
     Raises:
         UnsupportedFormat: it is missing, unreadable, too large, damaged or holds no object.

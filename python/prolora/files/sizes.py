@@ -35,9 +35,7 @@ def parse_size(text: str) -> int:
 def parse_limit(value: float | str | None, name: str = "max_memory") -> int | None:
     """Reads a bound on memory in bytes: a number, a text, or None.
 
-    Args:
-        value: as it was given; texts as for `parse_size`.
-        name: of the option.
+    Texts are as for `parse_size`; `name` is the option's in messages.
 
     Raises:
         InvalidOption: anything else; NaN and numbers below 1 too.

@@ -17,9 +17,7 @@ MOST_TEXT = 64 << 20
 def open_regular(path: str | os.PathLike[str], limit: int | None = None) -> BufferedReader:
     """Opens a file for reading; refuses pipes and devices, which would block.
 
-    Args:
-        path: the file; a link stands for its destination.
-        limit: most bytes; None sets no bound.
+    A link stands for its destination; `limit` is the most bytes.
 
     Raises:
         UnsupportedFormat: it is missing, cannot be read, is no file or too large.

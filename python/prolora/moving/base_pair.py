@@ -90,11 +90,8 @@ class BasePair:
 
         A dry run ends here.
 
-        Args:
-            lora: as `transfer` takes it.
-            depth: how far it is read.
-            match: in place of the pair's own.
-            weighed: whether weights may be read, where they alone match blocks.
+        `match` replaces the pair's own; `weighed` allows weights to be read, where they alone match
+        blocks.
 
         Raises:
             ProLoRAError: see `prolora.transfer`.
@@ -210,9 +207,7 @@ class BasePair:
     def finish(self, ledger: Ledger, *, hashed: bool = True) -> Transfer:
         """Assembles the target's adapter, and the report.
 
-        Args:
-            ledger: of what was moved.
-            hashed: whether the header names the bases. What is never written needs none.
+        `hashed` lets the header name the bases; what is never written needs none.
 
         Raises:
             ProLoRAError: what stopped the move.

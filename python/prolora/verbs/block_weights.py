@@ -73,10 +73,7 @@ class BlockWeights:
     def resolve(self, table: DepthTable, modules: Iterable[str], title: str) -> dict[str, float]:
         """Returns the factor of every module, without factors of 1.
 
-        Args:
-            table: the blocks of the model that the LoRA is for.
-            modules: of the LoRA.
-            title: the model's name in messages.
+        `table` has the blocks of the model that the LoRA is for, which messages call `title`.
 
         Raises:
             InvalidOption: another number of factors than the model has blocks, or a name that is

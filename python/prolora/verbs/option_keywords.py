@@ -21,14 +21,11 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 Options = TypeVar("Options", bound="DataclassInstance")
 
 
-def resolve_options(options: Options, changes: Mapping[str, Any], *, here: bool = True) -> Options:
-    """Applies changes by keyword, and chooses a device if none is asked.
+def resolve_options(options: Options, changes: Mapping[str, Any]) -> Options:
+    """Applies changes by keyword (name -> value), and chooses a device if none is asked.
 
-    Args:
-        options: as they were given.
-        changes: name -> value.
-        here: whether this process computes. It is not asked for its devices otherwise, nor when
-            options are made, as the default ones are while the package is imported.
+    No process is asked for its devices while options are made, as the default ones are while the
+    package is imported.
 
     Raises:
         InvalidOption: an unknown option, or a value that it does not take.
@@ -38,7 +35,7 @@ def resolve_options(options: Options, changes: Mapping[str, Any], *, here: bool 
         if name not in names:
             raise InvalidOption(f"there is no option {name!r}{suggest(name, names)}")
     settled = replace(options, **changes)
-    if here and getattr(settled, "device", "") is None:
+    if getattr(settled, "device", "") is None:
         choice: Any = {"device": resolve_device(None)}
         settled = replace(settled, **choice)
     return settled

@@ -23,11 +23,8 @@ def check_output(
 ) -> None:
     """Refuses an output that exists, is unwritable, or overlaps an input.
 
-    Args:
-        path: a file or a PEFT folder.
-        inputs: files or folders that must not be overwritten, the LoRA first.
-        overwrite: replace what exists.
-        format: of the result; "auto" and None mean the LoRA's.
+    `inputs` are files or folders, the LoRA first; `format` is the result's, where "auto" and None
+    mean the LoRA's.
 
     Raises:
         OutputExists: something has that name.
@@ -71,11 +68,8 @@ def name_output(lora: Path, format: str, appended: str = "", stem: str | None = 
 
     A PEFT adapter is a folder and has no suffix; every other LoRA is a .safetensors file.
 
-    Args:
-        lora: the input.
-        format: of the result.
-        appended: put at the end of the name, before the suffix.
-        stem: the name without both; None means the LoRA's own.
+    `appended` is put at the end of the name, before the suffix; `stem` is the name without both,
+    None for the LoRA's own.
     """
     id_ = None if is_broken_id(lora) else find_hub_id(lora)  # counts by its last part
     named = Path(id_.name) if id_ else lora

@@ -115,14 +115,8 @@ def merged_update(
 ) -> TruncatedUpdate:
     """Computes the update of a module whose ΔW depends on W, scale included.
 
-    Args:
-        algorithm: as in `forms.ALGORITHM_NAMES`; with DoRA's magnitudes among the
-            tensors, what δ is.
-        weight: W [out, in] or [out, in, kh, kw].
-        tensors: role -> tensor.
-        scale: α/r.
-        where: for messages.
-        rank: the most columns of the result.
+    `algorithm` is one of `forms.ALGORITHM_NAMES`; with DoRA's magnitudes among the tensors (by
+    role), what δ is. W is [out, in] or [out, in, kh, kw], `rank` the most columns of the result.
 
     Raises:
         ShapeMismatch: DoRA's magnitudes fit neither axis, or GLoRA's factors not the weight.

@@ -29,10 +29,7 @@ _ROUNDING = {torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7, torch.float32: 2.
 def encode_adapter(adapter: Adapter, format: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """Returns the tensors of an adapter file, by key.
 
-    Args:
-        adapter: what to write.
-        format: a key of `SPELLINGS`.
-        dtype: float16, bfloat16, float32 or float64.
+    `format` is a key of `SPELLINGS`; `dtype` has 16 bits or more.
 
     Raises:
         UnsupportedFormat: the format has no name for a module.

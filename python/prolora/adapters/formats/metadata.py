@@ -176,10 +176,7 @@ def clean_metadata(
 ) -> dict[str, str]:
     """Returns the metadata of a new file, without what described only the old one.
 
-    Args:
-        metadata: as read or `rewrite_metadata`.
-        format: of the new file.
-        ranks: all ranks in it; None where it holds the old tensors, as the header tells of them.
+    `ranks` are all ranks in it; None where it holds the old tensors, as the header tells of them.
     """
     entries = {key: value for key, value in metadata.items() if key not in _OF_THE_FILE}
     if ranks is not None:

@@ -69,9 +69,7 @@ class PeftScaling:
 def scaling_from_config(config: Mapping[str, Any], where: str) -> PeftScaling:
     """Reads a LoraConfig, LoHaConfig or LoKrConfig as PEFT saves it.
 
-    Args:
-        config: the JSON object of adapter_config.json, or of one component in a diffusers file.
-        where: file and component, for messages.
+    `config` is the JSON object of adapter_config.json, or of one component in a diffusers file.
 
     Raises:
         UnsupportedFormat: another method's configuration, or one that asks for more than the scaled

@@ -84,10 +84,7 @@ def choose_format(
 
     Among equals, the one that most programs read whole. A spelling of None is the format's own.
 
-    Args:
-        families: ids of the families that the LoRA can belong to.
-        program: a key of `known_loaders()`.
-        modules: canonical names of the modules that the file updates.
+    `program` is a key of `known_loaders()`; the others are as for `find_readers`.
 
     Raises:
         UnsupportedFormat: it reads none of our formats for the family, or nothing is known of it.
@@ -211,12 +208,8 @@ def ask_programs(
 ) -> tuple[Readers, dict[str, int] | None]:
     """Returns who reads how much of a file, and what one program skips.
 
-    Args:
-        slots: the updates of the file.
-        families: ids of the families that it can belong to, as in `list_loaded`.
-        spelled: its format, and the spelling of a transformer's modules in it.
-        modules: canonical names of the modules that it updates.
-        program: a key of `known_loaders()`, or None.
+    `slots` are the updates of the file, `spelled` its format and spelling; `program` is a key of
+    `known_loaders()`, or None. The others are as for `find_readers`.
     """
     alphas = {"alpha" in slot.keys for slot in slots if slot.form.rank and not slot.peft}
     swapped = (spelled[0] != "kohya") in alphas

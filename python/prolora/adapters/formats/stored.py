@@ -45,10 +45,6 @@ def find_stored(adapter: Adapter, format: str) -> KeptTensors | None:
 
     None where an update was changed since it was read, where a weight is fused or split on the
     way, or where the format has no place for a tensor or a scale.
-
-    Args:
-        adapter: what to write.
-        format: "kohya", "diffusers", "peft" or "comfy".
     """
     behind = {
         id(_first_tensor(part)): (one, name)

@@ -49,11 +49,8 @@ def name_weights(
 
     In both, the parts of quantised weights are joined.
 
-    Args:
-        weights: all keys of the checkpoint.
-        where: its name in messages.
-        metadata: of the headers, which may say how layers are quantised.
-        strict: also refuse a file that holds no diffusion model.
+    `metadata` is of the headers, which may say how layers are quantised; `strict` also refuses a
+    file that holds no diffusion model.
 
     Raises:
         UnsupportedFormat: an adapter, a quantised model that is not read, a file without a
