@@ -94,12 +94,8 @@ class StoredWeight:
         return self.file.read_rows(self.key, start, stop)
 
 
-@dataclass(frozen=True, eq=False)
-class LoadedWeight:
-    """A weight that is already in memory."""
-
-    tensor: Tensor
-    name: str
+class UnfiledWeight:
+    """A weight that is in no file."""
 
     @property
     def parts(self) -> tuple[StoredWeight, ...]:
@@ -107,9 +103,21 @@ class LoadedWeight:
         return ()
 
     @property
-    def content(self) -> str:
-        """Its bytes as they are now; whoever has the tensor may write into it."""
-        return f"{hash_parts([self.tensor])} {self.dtype} {self.shape}"
+    def content(self: Weight) -> str:
+        """Its bytes as they are now; whoever has them may write into them."""
+        return f"{hash_parts([self.read()])} {self.dtype} {self.shape}"
+
+    def read_rows(self: Weight, start: int, stop: int) -> Tensor:
+        """Rows of what `read` gives."""
+        return self.read()[start:stop]
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedWeight(UnfiledWeight):
+    """A weight that is already in memory."""
+
+    tensor: Tensor
+    name: str
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -125,13 +133,9 @@ class LoadedWeight:
         """Returns the caller's own tensor, not a copy."""
         return self.tensor
 
-    def read_rows(self, start: int, stop: int) -> Tensor:
-        """Returns a view of the caller's own tensor."""
-        return self.tensor[start:stop]
-
 
 @dataclass(frozen=True, eq=False)
-class RequestedWeight:
+class RequestedWeight(UnfiledWeight):
     """A weight that its owner returns when it is requested."""
 
     key: str  # the owner's own name of it
@@ -139,16 +143,6 @@ class RequestedWeight:
     shape: tuple[int, ...]
     dtype: torch.dtype
     request: Callable[[str], MatrixLike] | None  # None: it has no values
-
-    @property
-    def parts(self) -> tuple[StoredWeight, ...]:
-        """None."""
-        return ()
-
-    @property
-    def content(self) -> str:
-        """Its bytes as its owner returns them now."""
-        return f"{hash_parts([self.read()])} {self.dtype} {self.shape}"
 
     def read(self) -> Tensor:
         """Requests the tensor, every time.
@@ -168,10 +162,6 @@ class RequestedWeight:
                 f"{self.name}: `read` returned {list(tensor.shape)}, not {list(self.shape)}"
             )
         return tensor.to(self.dtype)
-
-    def read_rows(self, start: int, stop: int) -> Tensor:
-        """Requests the tensor and returns some of its rows."""
-        return self.read()[start:stop]
 
 
 @dataclass(frozen=True)
