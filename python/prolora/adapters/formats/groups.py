@@ -114,7 +114,7 @@ def find_codec(adapter: Adapter, format: str) -> Codec:
         spelling, family = _spell_unet(adapter, format, names, families)
     elif names:
         spelling, family = _spell_transformer(adapter, format, names, families)
-    facts = _list_encoder_facts(adapter, spelling)
+    facts = _list_encoder_facts(adapter, spelling, names, families)
     return Codec(family, format=format, spelling=spelling, encoders=facts)
 
 
@@ -275,10 +275,11 @@ def _check_one_component(adapter: Adapter) -> None:
         )
 
 
-def _list_encoder_facts(adapter: Adapter, spelling: Spelling) -> frozenset[str]:
+def _list_encoder_facts(
+    adapter: Adapter, spelling: Spelling, names: list[str], families: tuple[Family, ...]
+) -> frozenset[str]:
     """Lists what prefixes of text encoders depend on, as in `EncoderPrefix.written`."""
-    names = _list_modules(adapter)
-    listed = list_encoders(adapter.model) if _find_families(adapter) else []
+    listed = list_encoders(adapter.model) if families else []
     several = any(len(encoders) > 1 for encoders in listed)
     several = several or any(name.startswith(TEXT_ENCODER_PREFIXES[1:]) for name in adapter.updates)
     # A UNet in SGM's names is SDXL's or its student's.
