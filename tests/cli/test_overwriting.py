@@ -95,9 +95,11 @@ def test_a_folder_that_exists_gets_the_lora_under_its_own_name(prolora, line, ca
         assert (folder / name).read_bytes() == before
     peft, out = tmp_path / "peft", ("-o", tmp_path / "smaller")
     assert prolora("convert", lora, "--format", "peft", "-o", peft)[0] == 0
-    for more in ((), ("--overwrite",)):  # an adapter that exists is replaced, not filled
-        assert prolora("convert", peft, "--out-rank", "2", *out, *more)[0] == 0
-        assert not [path for path in out[1].iterdir() if path.is_dir()]
+    for words in (("convert", peft, "--out-rank", "2"), (line[0], peft, *line[2:])):
+        shutil.rmtree(out[1], ignore_errors=True)
+        for more in ((), ("--overwrite",)):  # an adapter that exists is replaced, not filled
+            assert prolora(*words, *out, *more)[0] == 0
+            assert not [path for path in out[1].iterdir() if path.is_dir()]
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from .options import (
     find_cache,
     take_bases,
 )
+from .outputs import is_folder_of_loras
 from .transfer import LoraArguments, check_output_given, check_outputs, plan_each, print_outcomes
 
 
@@ -112,7 +113,7 @@ def fit_loras(
     path = cast(Path, output.output)
     with progress_bar("fit", output.show_tables, timed=False) as progress:
         options = replace(options, progress=announce_first(progress, output.show_tables))
-        if len(loras) > 1 or (path.is_dir() and options.format != "peft"):
+        if len(loras) > 1 or is_folder_of_loras(path, options.format):
             # The page of several has a row for each, and no images.
             if len(loras) > 1:
                 options = replace(options, shown_prompts=0)

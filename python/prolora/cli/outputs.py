@@ -49,13 +49,15 @@ def list_outputs(
 
 
 def place_output(output: Path | None, made_of: Path, format: str | None) -> Path | None:
-    """Returns where one LoRA is written: in a folder that exists under the name it came with.
-
-    A folder that is a PEFT adapter is none of LoRAs.
-    """
-    if output is None or format == "peft" or not output.is_dir() or is_peft_folder(output):
+    """Returns where one LoRA is written: in a folder that exists under the name it came with."""
+    if output is None or not is_folder_of_loras(output, format):
         return output
     return output / name_output(made_of, format or "auto")
+
+
+def is_folder_of_loras(output: Path, format: str | None) -> bool:
+    """Returns whether LoRAs are written into a path; a PEFT adapter there is replaced instead."""
+    return output.is_dir() and format != "peft" and not is_peft_folder(output)
 
 
 def append_to_name(path: Path, appended: str) -> Path:

@@ -38,7 +38,14 @@ from .options import (
     expand_options,
     find_cache,
 )
-from .outputs import append_to_name, check_lora_name, check_report, list_outputs, read_command
+from .outputs import (
+    append_to_name,
+    check_lora_name,
+    check_report,
+    is_folder_of_loras,
+    list_outputs,
+    read_command,
+)
 from .tables import show_tables, show_words
 
 STDOUT = Path("-")
@@ -195,7 +202,7 @@ def move_loras(
     with progress_bar("transfer", output.show_tables) as progress:
         weighed = weight_stages(progress, STAGES[options.method == "prolora"])
         options = replace(options, progress=weighed)
-        if len(loras) > 1 or (path.is_dir() and options.format != "peft"):
+        if len(loras) > 1 or is_folder_of_loras(path, options.format):
             return transfer_many(loras, source, target, path, options)
         for pair, appended in choose_pairs(loras[0], pair_experts(source, target)):
             out = append_to_name(path, appended)
