@@ -176,7 +176,7 @@ def test_a_result_that_is_written_in_two_parts_is_seen_half(attack, box, monkeyp
         data = (box.root / "whole").read_bytes()
         (box.root / "whole").unlink()
         result.write_bytes(data[:9])
-        time.sleep(0.5)  # long beside what starting a process takes on a busy machine
+        time.sleep(2)  # long beside what starting a process takes on a busy machine
         result.write_bytes(data)
 
     monkeypatch.setattr(attack["sandbox"].cli, "main", main)
