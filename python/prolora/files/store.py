@@ -126,7 +126,7 @@ def put(
             finally:
                 _remove(temporary)
     except UnsupportedFormat as error:
-        raise OutputError(f"{path}: was written but cannot be read back: {error}") from error
+        raise OutputError(f"{path}: was not written: {error}") from error
     except OSError as error:
         raise output_error(path, error) from error
 
