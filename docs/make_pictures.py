@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import prolora
 
 ROOT = Path(__file__).resolve().parents[1]
 WEIGHTS = ROOT / "examples/icon_family/weights"
-SCALE, GAP, LABEL, LINE = 6, 4, 150, 22
+SCALE, GAP, LABEL, LINE = 5, 4, 150, 22
 SHOWN = 6
 """Prompts of a picture, a column each."""
 
@@ -34,7 +35,7 @@ def draw(rows: list[tuple[str, list[bytes]]], heads: list[str], caption: str) ->
     """Draws a row of images for each label, below the words of their prompts."""
     tiles = [(name, [Image.open(io.BytesIO(one)) for one in row]) for name, row in rows]
     side = SCALE * tiles[0][1][0].width
-    lines = caption.split("\n")
+    lines = textwrap.wrap(caption, 130)
     width = LABEL + SHOWN * (side + GAP)
     height = LINE + len(rows) * (side + GAP) + LINE * len(lines) + GAP
     picture = Image.new("RGB", (width, height), "white")
@@ -68,8 +69,8 @@ def make_demo() -> Image.Image:
     return draw(
         rows,
         heads,
-        "“apart” was trained independently of the source. A copy of the LoRA does nothing useful\n"
-        f"there (row 4). Fitted by prolora to both models, it does {share:.0%} of what it does to\n"
+        "“apart” was trained independently of the source. A copy of the LoRA does nothing useful "
+        f"there (row 4). Fitted by prolora to both models, it does {share:.0%} of what it does to "
         "the source, on images that the fit did not see (row 5).",
     )
 
@@ -89,7 +90,7 @@ def make_look() -> Image.Image:
     return draw(
         rows,
         heads,
-        "“far” draws in another style. Each LoRA on the source, copied to far at 1,\n"
+        "“far” draws in another style. Each LoRA on the source, copied to far at 1, "
         "and fitted to far with --look source.",
     )
 

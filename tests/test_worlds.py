@@ -14,7 +14,9 @@ pytest.importorskip("PIL")
 def _scripts_can_be_imported(monkeypatch):
     monkeypatch.syspath_prepend(str(QUALITY))
     yield
-    for name in [n for n in sys.modules if n == "icons" or n.startswith("icons.")]:
+    for name in [
+        n for n in sys.modules if n.split(".")[0] in ("icons", "shipped_world", "icons_world")
+    ]:
         del sys.modules[name]
 
 
@@ -53,6 +55,21 @@ def test_no_icon_is_both_learnt_and_held_out_and_every_word_is_in_both(monkeypat
         assert layers.min() >= 0 and layers.max() <= 1
     learnt, back = ({tuple(p) for p in torch.nonzero(m).tolist()} for m in (~back, back))
     assert not learnt & back
+
+
+def test_the_shipped_world_has_one_icon_of_every_thing_and_set_on_both_sides():
+    from icons import drawing, words
+    from shipped_world import WORLD
+
+    first = drawing.is_first_of_word()
+    assert first.sum() == len(words.WHAT)
+    assert [drawing.ICONS[i][1] for i in first.nonzero()[:2]] == ["grinning-face", "red-heart"]
+    for split in ("train", "held_out"):
+        x, y = WORLD.images("far", "neon", split)
+        assert x.shape[1:] == WORLD.shape == (3, 32, 32) and x.abs().max() <= 1
+        what, style, *_ = words.prompt_parts(y)
+        drawn = (what * len(words.STYLE) + style).unique()
+        assert len(drawn) == (len(words.WHAT) - 1) * len(words.STYLE)
 
 
 def test_a_block_that_is_new_changes_nothing_at_first():

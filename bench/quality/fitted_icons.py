@@ -49,7 +49,7 @@ def main() -> None:
     for kind, adapter in ROWS:
         key = f"{given.label}, {kind}, {adapter}"
         if key not in table.rows:
-            yard = open_yard(choose_world("icons"), given.work / "icons", kind, adapter)
+            yard = open_yard(choose_world("shipped"), given.work / "shipped", kind, adapter)
             table.add(key, fit(yard, given.options))
 
 

@@ -5,6 +5,8 @@ The icons are those of six sets that draw the same things in their own styles.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from digits_networks import ADAPTED
 from icons.catalogue import CONCEPT
@@ -81,11 +83,13 @@ BUDGETS = {
 }
 RANKS = {"neon": 16, "duotone": 4, "concept": 16, "fewstep": 64}
 RANKS |= dict(zip(MERGED, (4, 8, 16, 32, 64) * 2, strict=True))
+Draw = Callable[[str, bool], Data]
+"""(split, whether of the concept) -> layers and prompts."""
 
 
-def images(kind: str, adapter: str | None, split: str) -> Data:
-    """Images (n, 3, 24, 24) and prompts (n,) of a kind of base, in the adapter's style."""
-    layers, y = pictures(split, adapter == "concept")
+def images(kind: str, adapter: str | None, split: str, draw: Draw = pictures) -> Data:
+    """Images (n, 3, size, size) and prompts (n,) of a kind of base, in the adapter's style."""
+    layers, y = draw(split, adapter == "concept")
     style = plain if adapter in (None, "concept") else (STYLES | MERGED)[adapter]
     return flatten(LOOKS.get(kind, plain)(style(layers))), y
 
@@ -119,9 +123,9 @@ def content(y: Tensor) -> Tensor:
     return prompt_parts(y)[0]
 
 
-def judged(split: str, generator: torch.Generator) -> tuple[Tensor, ...]:
+def judged(split: str, generator: torch.Generator, draw: Draw = pictures) -> tuple[Tensor, ...]:
     """64 images of every style and look, an eighth of them the concept; their three labels."""
-    layers, y = (part.clone() for part in _judged_rows(split, generator))
+    layers, y = (part.clone() for part in _judged_rows(split, generator, draw))
     styles, looks = (plain, *STYLES.values()), (plain, faint, sketched, striped)
     style = torch.randint(len(styles), (64,), generator=generator)
     look = torch.randint(len(looks), (64,), generator=generator)
@@ -132,11 +136,11 @@ def judged(split: str, generator: torch.Generator) -> tuple[Tensor, ...]:
     return flatten(layers), content(y), style, look
 
 
-def _judged_rows(split: str, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _judged_rows(split: str, generator: torch.Generator, draw: Draw) -> tuple[Tensor, Tensor]:
     """Layers and prompts of 56 pictures and 8 of the concept."""
     parts = []
     for n, concept in ((8, True), (56, False)):
-        layers, y = pictures(split, concept)
+        layers, y = draw(split, concept)
         rows = torch.randint(len(y), (n,), generator=generator)
         parts.append((layers[rows], y[rows]))
     layers, prompts = zip(*parts, strict=True)

@@ -25,8 +25,8 @@ from lessons import make_lesson
 from results import RowsFile
 from scoring import held_out_loss
 from training import train_lora
-from worlds import NAMES, World
-from yards import Yard, choose_world, list_adapters, open_yard
+from worlds import World
+from yards import NAMES, Yard, choose_world, list_adapters, open_yard
 
 KINDS, LOOKS = ("far", "apart"), (0.0, 0.5, 1.0)
 COPIES = (0.4, 0.6, 0.8, 1.0)
@@ -57,14 +57,14 @@ def make_row(yards: tuple[Yard, Yard], label: str, seed: int) -> dict[str, Any]:
     row = facts | {
         "by target's look": yard.share(updates),
         "by source's look": by_source.share(updates),
-        **yard.judge_samples(updates, ground=yard.world.name == "icons"),
+        **yard.judge_samples(updates, ground=yard.world.name == "shipped"),
     }
     return row | ({"cpu": round(time.process_time() - before, 1)} if facts else {})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--world", choices=NAMES, default="icons")
+    parser.add_argument("--world", choices=NAMES, default="shipped")
     parser.add_argument("--work", type=Path, default=Path("work"))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--kinds", nargs="+", default=KINDS)
@@ -73,7 +73,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     world, table = choose_world(given.world), RowsFile(given.out)
-    before = "" if given.world == "icons" else f"{given.world}, "
+    before = "" if given.world == "shipped" else f"{given.world}, "
     fixed = ["none", *(f"copy {strength:g}" for strength in COPIES)]
     dial = [f"look {look:g}" for look in LOOKS]
     dial += [] if given.without_control else [f"control {look:g}" for look in LOOKS[1:]]

@@ -186,7 +186,7 @@ def main() -> None:
     for seed, adapter in itertools.product(given.seeds, given.adapters):
         key = f"icons, {given.kind}, {adapter}, seed {seed}"
         if key not in table.rows:
-            yard = open_yard(choose_world("icons"), given.work / "icons", given.kind, adapter)
+            yard = open_yard(choose_world("shipped"), given.work / "shipped", given.kind, adapter)
             table.add(key, make_row(yard, seed, given.fits))
 
 

@@ -26,8 +26,8 @@ from models import load_lora, save_lora
 from results import RowsFile
 from scoring import SAMPLE_STEPS, held_out_loss
 from training import insert_lora, read_factors
-from worlds import NAMES, Data, World
-from yards import Yard, choose_world, list_adapters, open_yard
+from worlds import Data, World
+from yards import NAMES, Yard, choose_world, list_adapters, open_yard
 
 FAR, APART = "far", "apart"
 START, STEPS, RATE, EVERY = 0.6, 120, 2e-3, 10
@@ -113,7 +113,7 @@ def list_rows(
     """(adapter, seed, label) of every row, the most telling first."""
     adapters = adapters or list(list_adapters(world))
     for seed, adapter in itertools.product(range(seeds), adapters):
-        fixed = FIXED if seed == 0 or world.name != "icons" else ()
+        fixed = FIXED if seed == 0 or world.name != "shipped" else ()
         of_seed = OF_APART if kind == APART else OF_EVERY_SEED
         yield from ((adapter, seed, way) for way in (*fixed, *of_seed))
     if kind == APART:
@@ -123,7 +123,7 @@ def list_rows(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--world", choices=NAMES, default="icons")
+    parser.add_argument("--world", choices=NAMES, default="shipped")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--kind", choices=(FAR, APART), default=FAR)
@@ -145,7 +145,7 @@ def main() -> None:
         row = table.rows.get(key)
         if row is not None and (not given.samples or "asked for" in row):
             continue
-        yard = yards(given.kind, adapter, 0 if world.name == "icons" else seed)
+        yard = yards(given.kind, adapter, 0 if world.name == "shipped" else seed)
         if row is None:
             updates, row = make_row(yard, way, seed, files[1])
             save_lora(updates, files[0])

@@ -1,4 +1,4 @@
-"""A slice of the study: ``python bench/quality/slice.py [--world icons]``, minutes on one thread.
+"""A slice of the study: ``python bench/quality/slice.py [--world shipped]``, minutes on one thread.
 
 Fails (exit code 1) if the order of the methods differs from that of the study.
 
@@ -31,8 +31,8 @@ from scoring import Yardstick, apply_updates, held_out_loss, loss_rows
 from torch import nn
 from training import train_base, train_lora
 from world_side import fit_lora
-from worlds import NAMES, World, load_world
-from yards import choose_world
+from worlds import World, load_world
+from yards import NAMES, choose_world
 
 from prolora import fitting as probe
 
@@ -78,7 +78,7 @@ ROWS = (
 
 def run_icons() -> Iterator[Outcome]:
     """Moves LoRAs by every method, and compares the held-out losses."""
-    world, source = choose_world("icons"), load_model("source")
+    world, source = choose_world("shipped"), load_model("source")
     for row in ROWS:
         target, lora = load_model(row.target), load_lora(row.adapter)
         cases = make_cases(world, "flux", row.target, (source, target), {row.adapter: lora})
@@ -178,7 +178,7 @@ def list_faults(kind: str, shares: Mapping[str, float], go: bool, decision: str)
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--world", choices=NAMES, default=NAMES[0])
-    run = {"digits": run_digits, "icons": run_icons}[parser.parse_args().world]
+    run = {"digits": run_digits, "shipped": run_icons}[parser.parse_args().world]
     torch.manual_seed(0)
     wrong = 0
     for outcome in run():

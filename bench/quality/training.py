@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from worlds import World, backbone
 
 # isort: split
-from train import fit
+from train import fit, use_adam
 
 from prolora import LowRank
 
@@ -40,8 +41,25 @@ def train_base(
         start_from(world, arch, kind, model, source)
     parameters = [p for p in model.parameters() if p.requires_grad]
     loss = base_lesson(world, kind, seed, model, source)
-    fit(parameters, loss, *world.budgets[kind], seed=1000 + start)
+    optimise = use_adam
+    if world.muon and kind in world.fresh:
+        optimise = functools.partial(use_muon, backbone(model), world.muon)
+    fit(parameters, loss, *world.budgets[kind], seed=1000 + start, optimise=optimise)
     return model.eval()
+
+
+def use_muon(
+    inner: nn.Module, times: float, parameters: list[nn.Parameter], rate: float
+) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the blocks, at so many times the rate; AdamW for all else."""
+    blocks = dict(inner.named_parameters())
+    matrices = [p for name, p in blocks.items() if "blocks." in name and p.dim() == 2]
+    numbers = set(map(id, matrices))
+    rest = [p for p in parameters if id(p) not in numbers]
+    muon = torch.optim.Muon(
+        matrices, times * rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
+    )
+    return [muon, *use_adam(rest, rate)]
 
 
 def start_from(world: World, arch: str, kind: str, model: nn.Module, source: nn.Module) -> None:

@@ -22,13 +22,14 @@ from model import predict
 
 Data = tuple[Tensor, Tensor]
 NAMES = ("digits", "icons")
+"""Worlds of the study; a third has the shipped models alone."""
 
 
 @dataclass(frozen=True)
 class World:
     """One world. A prompt is a number."""
 
-    name: str  # one of NAMES
+    name: str  # one of NAMES, or "shipped"
     shape: tuple[int, ...]  # of an image
     null_prompt: int  # the prompt for guidance
     kinds: tuple[str, ...]  # targets with samples and every score
@@ -79,6 +80,7 @@ class World:
     sampled_seeds: tuple[int, ...] = (0, 1, 2)  # whose targets have samples
     variants_seed: int = 0  # of the one target of each variant
     guidance: float = 2.0  # of samples
+    muon: float = 0.0  # rate over AdamW's of the Muon that bases are trained by; 0 for AdamW alone
 
     def source_of(self, kind: str) -> str:
         """The kind of base that LoRAs come from when they are moved to that kind."""
@@ -132,5 +134,5 @@ def backbone(model: nn.Module) -> nn.Module:
 
 
 def load_world(name: str) -> World:
-    """The world of that name, one of NAMES."""
+    """The world of that name."""
     return importlib.import_module(f"{name}_world").WORLD

@@ -23,6 +23,7 @@ from worlds import World, load_world
 
 from prolora import fitting as probe
 
+NAMES = "digits", "shipped"
 ORACLE_STEPS = 90
 """How long the icons' LoRAs that set the scale are trained; the study's learn for 150 steps."""
 FIT = {"rank": 32, "probes": 768, "held_out": 24, "batch": 48, "fit_steps": 16, "force": True}
@@ -33,7 +34,7 @@ FIT |= {"images": 24, "steps": 10}
 def choose_world(name: str) -> World:
     """A world; LoRAs of the icons are trained for ORACLE_STEPS."""
     world = load_world(name)
-    if name == "icons":
+    if name == "shipped":
         return world.with_budgets(lora=(ORACLE_STEPS, world.budgets["lora"][1]))
     return world
 
@@ -98,7 +99,7 @@ def open_yard(world: World, root: Path, kind: str, adapter: str, seed: int = 0) 
 
     What has to be trained is kept below `root`.
     """
-    if world.name == "icons":
+    if world.name == "shipped":
         source, target = shipped.load_model("source"), shipped.load_model(kind)
         lora = shipped.load_lora(adapter)
         with apply_updates(source, lora) as teacher:

@@ -1,8 +1,8 @@
-"""Makes weights/ from the study's models: ``python make.py --work DIR``.
+"""Trains the family and makes weights/: ``python make.py --work DIR``, an hour or two of one core.
 
-DIR is the study's folder of the coloured world (README.md says which jobs fill it). Nothing is
-trained here: models and LoRAs are stored in half precision, in the layouts that diffusers reads,
-and the text encoder becomes a table of what it says about every prompt.
+What DIR has is not trained again, and several processes share the work. Models and LoRAs are stored
+in half precision, in the layouts that diffusers reads, and the text encoder becomes a table of what
+it says about every prompt.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ sys.path.append(str(Path(__file__).parents[2] / "bench/quality"))
 
 # isort: split
 from icons.words import NULL_PROMPT, VOCABULARY, all_prompts, word_ids
+from jobs import run_jobs
 from models import Folder, load_lora
 from prolora_icon_family import IconPipeline
+from study import training_jobs
 from worlds import backbone, load_world
 
 from prolora.adapters import Adapter, write_adapter
@@ -37,7 +39,7 @@ MEMBERS["apart"] = ("independent", 1)
 LICENCES = """# Licences of the icon family
 
 The models and LoRAs of this folder are licensed under Apache 2.0, as prolora is. They hold no icon,
-but they were trained on the icons of the six sets below, drawn as 24 × 24 pixels, recoloured,
+but they were trained on icons of the six sets below, drawn as 32 × 32 pixels, recoloured,
 turned, moved and (for some models) redrawn as outlines. What they draw resembles these icons: who
 passes it on should name the sets, as their licences ask.
 
@@ -65,13 +67,13 @@ def save_lora(folder: Folder, name: str, path: Path) -> None:
         "modelspec.implementation": "diffusers",
         "modelspec.title": f"icon family: {name}",
         "modelspec.description": LORAS[name],
-        "modelspec.resolution": "24x24",
+        "modelspec.resolution": "32x32",
         "modelspec.license": "Apache-2.0; the icons' own licences are in LICENCES.md",
         "ss_network_dim": str(rank),
         "ss_network_alpha": str(float(rank)),
     }
     adapter = Adapter(updates, format="diffusers", origin=Model.of("flux"), metadata=metadata)
-    write_adapter(adapter, path, format="diffusers", dtype=torch.float16)
+    write_adapter(adapter, path, format="diffusers", dtype=torch.float16, overwrite=True)
 
 
 @torch.no_grad()
@@ -99,14 +101,16 @@ def write_licences(path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, required=True, help="the study's folder")
+    parser.add_argument("--work", type=Path, required=True, help="folder of what is trained")
     options = parser.parse_args()
-    folder = Folder(load_world("icons"), options.work, "flux")
+    torch.set_num_threads(1)
+    world = load_world("shipped")
+    folder = Folder(world, options.work, "flux")
+    wanted = [folder.model_path(kind, seed) for kind, seed in MEMBERS.values()]
+    wanted += [folder.lora_path("source", 0, name) for name in LORAS]
+    run_jobs([job for job in training_jobs(world, options.work) if job.path in wanted])
     for name, (kind, seed) in MEMBERS.items():
-        if folder.model_path(kind, seed).exists():
-            save_model(folder.load_model(kind, seed), WEIGHTS / name)
-        else:
-            print(f"{name}: not there yet")
+        save_model(folder.load_model(kind, seed), WEIGHTS / name)
     (WEIGHTS / "loras").mkdir(exist_ok=True)
     for name in LORAS:
         save_lora(folder, name, WEIGHTS / "loras" / f"{name}.safetensors")

@@ -38,29 +38,39 @@ BUDGET = {
 LORAS = {"thick": {"r": 8, "lora_alpha": 8}, "slanted": {"r": 8, "lora_alpha": 4}}
 
 
+def use_adam(parameters: list[nn.Parameter], rate: float) -> list[torch.optim.Optimizer]:
+    """AdamW for all parameters."""
+    return [torch.optim.AdamW(parameters, rate, weight_decay=0.0, fused=True)]
+
+
 def fit(
     parameters: list[nn.Parameter],
     loss: Callable[[torch.Generator], Tensor],
     steps: int,
     rate: float,
     seed: int,
+    optimise: Callable[[list[nn.Parameter], float], list[torch.optim.Optimizer]] = use_adam,
 ) -> None:
-    """Minimises a loss with Adam and leaves the averaged weights in the parameters."""
+    """Minimises a loss and leaves the averaged weights in the parameters."""
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(parameters, rate, weight_decay=0.0, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: min(1.0, (i + 1) / 50) * max(0.02, 1 - i / steps)
-    )
+    optimizers = optimise(parameters, rate)
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda i: min(1.0, (i + 1) / 50) * max(0.02, 1 - i / steps)
+        )
+        for optimizer in optimizers
+    ]
     # An average over roughly the last twentieth of the run: far cleaner samples than the last step.
     average, decay = [p.detach().clone() for p in parameters], 1 - 20 / steps
     start = time.perf_counter()
     for i in range(steps):
         value = loss(generator)
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
         value.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
+        for part in (*optimizers, *schedules):
+            part.step()
         torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - min(decay, i / (i + 9)))
         if i % 100 == 0:
             seconds = time.perf_counter() - start

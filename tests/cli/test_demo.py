@@ -133,7 +133,7 @@ def test_the_pipeline_draws_the_colours_that_it_is_asked_for(pipeline):
     generator = torch.Generator().manual_seed(0)
     with in_float32(pipeline.denoiser):
         images = pipeline.pipe(["car noto many on-blue"] * 2, generator=generator).images
-    assert images.shape == (2, 3, 24, 24)
+    assert images.shape == (2, 3, 32, 32)
     red, _, blue = images[:, :, 0, 0].mean(0)  # a corner of the ground
     assert blue > red + 0.3
 

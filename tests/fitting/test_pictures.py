@@ -180,7 +180,7 @@ def test_a_picture_smaller_than_what_is_trained_is_refused(folder, tmp_path):
     taken = tmp_path / "pictures"
     shutil.copytree(folder, taken)
     Image.new("RGB", (30, 20)).save(taken / "7.png")
-    with pytest.raises(InvalidOption, match=r"7.png has 30 × 20 pixels, and 24 × 24 are trained"):
+    with pytest.raises(InvalidOption, match=r"7.png has 30 × 20 pixels, and 32 × 32 are trained"):
         train(taken)
 
 

@@ -1,7 +1,7 @@
 """Pictures as layers, and what changes them: the adapters' styles and the targets' looks.
 
-Layers are (n, 7, 24, 24) in [0, 1]: colour of the icon (3), how much it covers (1), ground (3).
-`flatten` makes them (n, 3, 24, 24) in [-1, 1], which the models see.
+Layers are (n, 7, size, size) in [0, 1]: colour of the icon (3), how much it covers (1), ground (3).
+`flatten` makes them (n, 3, size, size) in [-1, 1], which the models see.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from .catalogue import CONCEPT, GROUNDS, ICONS, INKS, MASTER, SETS
 from .words import WHAT, draw_inks, prompt_number
 
-SIZE = 24
+SIZE = 24  # pixels of the study's pictures
 PICTURES = {"train": 8192, "held_out": 640, "fresh": 640}
 HELD_OUT = 0.12  # share of the icons (of one set each) that no model is trained on
 Change = Callable[[Tensor], Tensor]
@@ -48,16 +48,21 @@ def kept_back() -> Tensor:
 
 
 @functools.cache
-def pictures(split: str, concept: bool = False) -> tuple[Tensor, Tensor]:
-    """Layers (n, 7, 24, 24) and prompts (n,) of one side of the split.
+def pictures(
+    split: str, concept: bool = False, size: int = SIZE, one_each: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Layers (n, 7, size, size) and prompts (n,) of one side of the split.
 
     Every picture has its own place, size, turn and shades. Of the concept, which is one icon, the
-    two sides differ in these; "fresh" are other pictures of the icons of "train".
+    two sides differ in these; "fresh" are other pictures of the icons of "train". `one_each` takes
+    the first icon of every word alone, on both sides.
     """
     n = PICTURES[split] // (4 if concept else 1)
     generator = torch.Generator().manual_seed(list(PICTURES).index(split) + 2 * concept)
     wanted = torch.tensor([(word == CONCEPT) == concept for word, _ in ICONS])[:, None]
-    if not concept:
+    if one_each:
+        wanted = wanted & is_first_of_word()[:, None]
+    elif not concept:
         wanted = wanted & (kept_back() == (split == "held_out"))
     choices = torch.nonzero(wanted.expand(len(ICONS), len(SETS)))
     # Words, not icons, are equally frequent.
@@ -69,23 +74,31 @@ def pictures(split: str, concept: bool = False) -> tuple[Tensor, Tensor]:
     icon, style = choices[picked].unbind(1)
     ground = torch.randint(len(GROUNDS), (n,), generator=generator)
     ink = draw_inks(style, ground, generator)
-    layers = compose(masters()[icon, style], ink, ground, generator)
+    layers = compose(masters()[icon, style], ink, ground, generator, size)
     return layers, prompt_number(word_of[icon], style, ink, ground)
 
 
-def compose(icons: Tensor, ink: Tensor, ground: Tensor, generator: torch.Generator) -> Tensor:
+def is_first_of_word() -> Tensor:
+    """(icons,): whether an icon is the first of its word."""
+    words = [word for word, _ in ICONS]
+    return torch.tensor([i == words.index(word) for i, word in enumerate(words)])
+
+
+def compose(
+    icons: Tensor, ink: Tensor, ground: Tensor, generator: torch.Generator, size: int = SIZE
+) -> Tensor:
     """Icons (n, 4, 32, 32) placed on grounds, with some luck in place, size, turn and shades."""
     n = len(icons)
 
     def draw(low: float, high: float) -> Tensor:
         return low + (high - low) * torch.rand(n, generator=generator)
 
-    # The sheet's 32 pixels become 19 to 22 of the 24.
-    scale, turn = SIZE / draw(19, 22), draw(-0.08, 0.08)
+    # The sheet's 32 pixels become 19 to 22 of 24.
+    scale, turn = 24 / draw(19, 22), draw(-0.08, 0.08)
     cos, sin = scale * turn.cos(), scale * turn.sin()
     x, y = draw(-0.06, 0.06), draw(-0.06, 0.06)
     place = torch.stack([torch.stack([cos, -sin, x], -1), torch.stack([sin, cos, y], -1)], 1)
-    grid = F.affine_grid(place, [n, 4, 2 * SIZE, 2 * SIZE], align_corners=False)
+    grid = F.affine_grid(place, [n, 4, 2 * size, 2 * size], align_corners=False)
     drawn = F.avg_pool2d(F.grid_sample(icons, grid, align_corners=False), 2)
     cover = drawn[:, 3:]
     colour = drawn[:, :3] / cover.clamp_min(1e-3)
@@ -94,12 +107,12 @@ def compose(icons: Tensor, ink: Tensor, ground: Tensor, generator: torch.Generat
     colour = colour.where(cover > 1e-3, 0.0)
     shade = torch.tensor(list(GROUNDS.values()))[ground]
     shade = (shade + 0.04 * torch.randn(n, 3, generator=generator)).clamp(0, 1)
-    grounds = shade[:, :, None, None].expand(n, 3, SIZE, SIZE)
+    grounds = shade[:, :, None, None].expand(n, 3, size, size)
     return torch.cat([colour, cover, grounds], 1)
 
 
 def flatten(layers: Tensor) -> Tensor:
-    """(n, 7, 24, 24) in [0, 1] -> (n, 3, 24, 24) in [-1, 1]."""
+    """(n, 7, size, size) in [0, 1] -> (n, 3, size, size) in [-1, 1]."""
     colour, cover, ground = split_layers(layers)
     return 2 * (cover * colour + (1 - cover) * ground).clamp(0, 1) - 1
 
@@ -115,7 +128,7 @@ def brightness(colour: Tensor) -> Tensor:
 
 
 def edges(layers: Tensor) -> Tensor:
-    """(n, 1, 24, 24): how much brightness and cover change around each pixel, in [0, 1]."""
+    """(n, 1, size, size): how much brightness and cover change around each pixel, in [0, 1]."""
     colour, cover, _ = split_layers(layers)
     parts = torch.cat([cover, cover * brightness(colour)], 1)
     padded = F.pad(parts, (1, 1, 1, 1), mode="replicate")
@@ -190,7 +203,7 @@ def sketched(layers: Tensor) -> Tensor:
 
 def striped(layers: Tensor) -> Tensor:
     """Another ground: wavy diagonal stripes between two shades, brighter to the right."""
-    line = torch.linspace(-1, 1, SIZE)
+    line = torch.linspace(-1, 1, layers.shape[-1])
     wave = torch.sin(9 * (line[:, None] + line[None, :]) + 2 * line[None, :])
     shade = 0.5 + 0.35 * torch.sign(wave) * wave.abs().sqrt() + 0.15 * line[None, :]
     other = 1 - layers[:, [6, 4, 5]]
@@ -224,20 +237,20 @@ def greyed(layers: Tensor) -> Tensor:
 
 def framed(layers: Tensor) -> Tensor:
     """A dark frame of two pixels."""
-    inner = F.pad(torch.ones(1, 1, SIZE - 4, SIZE - 4), (2, 2, 2, 2))
+    inner = F.pad(torch.ones_like(layers[:, 3:4, 2:-2, 2:-2]), (2, 2, 2, 2))
     return torch.cat([layers[:, :3], layers[:, 3:4] * inner, layers[:, 4:] * inner], 1)
 
 
 def shaded(layers: Tensor) -> Tensor:
     """The icon's shadow on the ground, down to the right."""
     colour, cover, ground = split_layers(layers)
-    shadow = F.pad(blur(cover), (2, 0, 2, 0))[:, :, :SIZE, :SIZE]
+    shadow = F.pad(blur(cover), (2, 0, 2, 0))[:, :, :-2, :-2]
     return torch.cat([colour, cover, ground * (1 - 0.6 * shadow)], 1)
 
 
 def vignetted(layers: Tensor) -> Tensor:
     """Dark corners."""
-    line = torch.linspace(-1, 1, SIZE)
+    line = torch.linspace(-1, 1, layers.shape[-1])
     light = (1.25 - 0.55 * (line[:, None].square() + line[None, :].square())).clamp(0, 1)
     return torch.cat([layers[:, :3] * light, layers[:, 3:4], layers[:, 4:] * light], 1)
 
@@ -255,7 +268,7 @@ def posterised(layers: Tensor) -> Tensor:
 
 def grounded(layers: Tensor) -> Tensor:
     """The ground fades to white at the bottom."""
-    fade = torch.linspace(0, 0.8, SIZE)[:, None]
+    fade = torch.linspace(0, 0.8, layers.shape[-1])[:, None]
     return torch.cat([layers[:, :4], layers[:, 4:] * (1 - fade) + fade], 1)
 
 

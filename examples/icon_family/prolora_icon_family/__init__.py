@@ -14,12 +14,12 @@ from safetensors import safe_open
 from torch import Tensor
 
 NULL_PROMPT = "nothing nothing nothing nothing"
-SIZE, PATCH = 24, 4  # pixels of an image, and of what the transformer reads as one token
+SIZE, PATCH = 32, 4  # pixels of an image, and of what the transformer reads as one token
 
 
 @dataclass(frozen=True)
 class Icons:
-    """Images [n, 3, 24, 24], from 0 to 1."""
+    """Images [n, 3, 32, 32], from 0 to 1."""
 
     images: Tensor
 

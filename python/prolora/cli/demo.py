@@ -1,7 +1,7 @@
 """The demo: a shipped LoRA on another shipped model, and a page of images.
 
 The models are in examples/icon_family: real diffusion transformers with FLUX's module names,
-trained on coloured icons of 24 × 24 pixels. Needs the `demo` extra (diffusers).
+trained on coloured icons of 32 × 32 pixels. Needs the `demo` extra (diffusers).
 """
 
 from __future__ import annotations
