@@ -26,7 +26,8 @@ SHOWN = 6
 
 def fit(lora: str, target: str, **options: Any) -> Any:
     """Fits a shipped LoRA, and returns the report with its grid of images."""
-    prompts = tuple(filter(None, (WEIGHTS / "prompts.txt").read_text("utf-8").splitlines()))
+    name = "butterflies.txt" if lora == "concept" else "prompts.txt"
+    prompts = tuple((WEIGHTS / name).read_text("utf-8").splitlines())
     files = WEIGHTS / f"loras/{lora}.safetensors", WEIGHTS / "source", WEIGHTS / target
     return prolora.fit(*files, prompts=prompts, shown_prompts=SHOWN, **options).report
 
@@ -81,9 +82,11 @@ def make_look() -> Image.Image:
     heads: list[str] = []
     for lora in ("neon", "duotone", "concept"):
         grid = fit(lora, "far", look="source", force=True).grid
-        heads = [prompt.split()[0] for prompt in grid.rows]
+        heads = heads or [prompt.split()[0] for prompt in grid.rows]
         images = dict(zip(grid.columns, map(list, grid.images), strict=True))
         rows += [("far", images["target"])] if not rows else []
+        if lora == "concept":
+            rows.append(("far, butterflies", images["target"]))
         rows.append((f"{lora}: source", images["source + LoRA"]))
         rows += [(f"{lora}: copied", images["target + copy"])] if "target + copy" in images else []
         rows.append((f"{lora}: fitted", images["target + fit"]))
