@@ -1,4 +1,4 @@
-"""Trains the family and makes weights/: ``python make.py --work DIR``, an hour or two of one core.
+"""Trains the family and makes weights/: ``python make.py --work DIR``, an hour or two on one core.
 
 What DIR has is not trained again, and several processes share the work. Models and LoRAs are stored
 in half precision, in the layouts that diffusers reads, and the text encoder becomes a table of what
@@ -36,6 +36,13 @@ WEIGHTS = HERE / "weights"
 # Folder -> the study's kind of base, and its seed.
 MEMBERS = {name: (name, 0) for name in ("source", "pruned", "far", "few-step")}
 MEMBERS["apart"] = ("independent", 1)
+OF_SCHEDULER = (
+    "_class_name",
+    "_diffusers_version",
+    "num_train_timesteps",
+    "shift",
+    "use_dynamic_shifting",
+)
 LICENCES = """# Licences of the icon family
 
 The models and LoRAs of this folder are licensed under Apache 2.0, as prolora is. They hold no icon,
@@ -55,6 +62,11 @@ def save_model(model: nn.Module, folder: Path) -> None:
     """Writes a pipeline as diffusers stores it, in half precision."""
     scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
     IconPipeline(scheduler, backbone(model).half()).save_pretrained(folder)
+    # Older versions of diffusers warn of settings that they do not know.
+    file = folder / "scheduler" / "scheduler_config.json"
+    config = json.loads(file.read_text("utf-8"))
+    kept = {name: config[name] for name in OF_SCHEDULER}
+    file.write_text(json.dumps(kept, indent=2) + "\n", "utf-8")
 
 
 def save_lora(folder: Folder, name: str, path: Path) -> None:
