@@ -110,7 +110,8 @@ def run_place(name: str, box: Box, row: Row) -> None:
     template = box.fill(write_everything)
     place, commands = PLACES[name]
     for content in CONTENTS:
-        if not row.wants(name, content):
+        # An output that links to a folder is one of LoRAs elsewhere, and they belong into it.
+        if not row.wants(name, content) or (name, content) == ("output", "link to a folder"):
             continue
         box.begin(template)
         if isinstance(place, str):
