@@ -69,6 +69,15 @@ def test_rows_are_the_rows_of_the_whole(
             file.read_rows(name, 2, len(tensor) + 1)
 
 
+def test_a_tensor_that_begins_at_an_odd_byte_is_read(tmp_path: Path) -> None:
+    """With others, where all are views of one buffer, and alone."""
+    header = {"x": entry(0, 1, [1], "U8"), "y": entry(1, 9, [2]), "z": entry(9, 13, [1], "I32")}
+    data = b"\7" + torch.tensor([0.5, -2.0]).numpy().tobytes() + b"\3\0\0\0"
+    file = SafetensorsFile(file_of(tmp_path / "x.safetensors", header, data))
+    for tensors in (file.read_all(), {name: file.read(name) for name in header}):
+        assert [one.tolist() for one in tensors.values()] == [[7], [0.5, -2.0], [3]]
+
+
 def test_numbers_that_this_torch_lacks_are_refused(tmp_path: Path, monkeypatch) -> None:
     path = file_of(tmp_path / "x.safetensors", {"x": entry(0, 2, [2], "F8_E8M0")}, b"ab")
     monkeypatch.delattr(torch, E8M0, raising=False)
