@@ -75,8 +75,8 @@ def test_similarity(benchmark, case):
         return [float(subspace_overlap(*side)) / k for side in sides]
 
     exact = baseline(source.double(), target.double())
-    found = ours(source, target)
-    assert [float(found.left), float(found.right)] == pytest.approx(exact, abs=1e-4)
+    result = ours(source, target)
+    assert [float(result.left), float(result.right)] == pytest.approx(exact, abs=1e-4)
     compare(benchmark, ours, baseline, source, target)
 
 
@@ -100,6 +100,6 @@ def test_project(benchmark, case):
         return within + delta
 
     exact = project_dense(up @ down, source.double(), target.double(), k, k, "prolora")
-    for found in (ours(source, target).dense(), baseline(source, target)):
-        assert float((found.double() - exact).norm() / exact.norm()) < 1e-3
+    for result in (ours(source, target).dense(), baseline(source, target)):
+        assert float((result.double() - exact).norm() / exact.norm()) < 1e-3
     compare(benchmark, ours, baseline, source, target)

@@ -1,7 +1,7 @@
 """The world that examples/icon_family ships: icons of 32 pixels, of every word and set one.
 
 So small models draw them well enough to be looked at, after an hour of one core: what starts from
-new weights is trained by Muon, twice as fast as by AdamW. All else is as in the second world.
+new weights is trained by Muon, in fewer steps than by AdamW. All else is as in the second world.
 """
 
 from __future__ import annotations

@@ -2,11 +2,10 @@
 
 Fails (exit code 1) if the order of the methods differs from that of the study.
 
-The icons' models and LoRAs are the study's own, as the demo ships them. Only the LoRA that a share
-is measured against is trained, for a few steps, and not everywhere: such a LoRA scales the shares
-of a target and leaves their order alone. Elsewhere the gap is what the copy closes. So other
-processors see nearly the losses of seed 0 in bench/results. On the far target `duotone` is left
-out: what can be learnt there is 3 % of the loss.
+The icons' models and LoRAs are those that the demo ships, which no part of the study has seen. Only
+the LoRA that a share is measured against is trained, for a few steps, and not everywhere: such a
+LoRA scales the shares of a target and leaves their order alone. Elsewhere the gap is what the copy
+closes. On the far target `duotone` is left out: the study found little to be learnt there.
 
 The digits are trained from nothing in some minutes: small transformers, one style, one seed and a
 quarter of the study's training; the margins are wide enough for other processors to reproduce the

@@ -154,7 +154,7 @@ def test_processes_that_fill_one_folder_at_once_agree(tmp_path, many, monkeypatc
     assert not list(tmp_path.rglob("*.tmp"))
 
 
-@pytest.mark.skipif(hasattr(os, "fork"), reason="the forks above do it sooner")
+@pytest.mark.skipif(hasattr(os, "fork"), reason="for systems without forks; asked above")
 def test_commands_that_fill_one_folder_at_once_agree(tmp_path):
     """On Windows, where a file that another process has open is not replaced."""
     lora, source, target = write_case(tmp_path)

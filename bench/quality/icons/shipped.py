@@ -1,4 +1,4 @@
-"""The study's models and LoRAs as examples/icon_family ships them: seed 0, in half precision."""
+"""The models and LoRAs that examples/icon_family ships, as a world reads them."""
 
 from __future__ import annotations
 

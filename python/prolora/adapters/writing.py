@@ -96,8 +96,9 @@ def encode_state_dict(
     """Returns the tensors of `write_adapter`'s file, by key, without a file.
 
     Like the file, they are read back and compared before they are given out, on the CPU and in
-    memory of their own. No loader needs more than them: the scale is 1 in all, whether the ranks
-    differ or not. Arguments and errors are `write_adapter`'s.
+    memory of their own: factors [out, r] and [r, in], on convolutions [out, r, 1, 1] and [r, in,
+    kh, kw]; alphas [] where the format has them. No loader needs more than them: the scale is 1 in
+    all, whether the ranks differ or not. Arguments and errors are `write_adapter`'s.
     """
     output = _prepare(adapter, format, dtype, "the state dict", configured=False)
     tensors = {key: tensor.detach().clone() for key, tensor in output.tensors.items()}

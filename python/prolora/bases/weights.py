@@ -108,7 +108,7 @@ class UnfiledWeight:
         return f"{hash_parts([self.read()])} {self.dtype} {self.shape}"
 
     def read_rows(self: Weight, start: int, stop: int) -> Tensor:
-        """Rows of what `read` gives."""
+        """Returns rows of what `read` returns."""
         return self.read()[start:stop]
 
 
@@ -231,7 +231,7 @@ class DerivedWeight(ABC):
         """Computes all numbers [*shape]."""
 
     def read_rows(self, start: int, stop: int) -> Tensor:
-        """Rows of what `read` gives."""
+        """Returns rows of what `read` returns."""
         return self.read()[start:stop]
 
 
