@@ -249,7 +249,7 @@ def _descend_dense(
     parts: list[tuple[list[int], Triplets]] = []
     some, its_norm = _take_both(w, norm, places)
     refined = None
-    if w.dtype == torch.float32 and gram.suits_gram(w.shape[-2], rank):
+    if w.dtype == torch.float32 and len(some) and gram.suits_gram(w.shape[-2], rank):
         refined = try_solver(partial(gram.gram_triplets, some, its_norm, rank))
     elif w.dtype == torch.float32 and len(some) and is_on_host(w) and rank >= w.shape[-2]:
         refined = whole_triplets(some, its_norm)

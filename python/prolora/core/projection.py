@@ -369,6 +369,8 @@ def _check_related(source: Tensor | Basis, target: Tensor | Basis) -> None:
     sides = [w.reshape(-1, *w.shape[-2:]) for w in (source, target.to(source.device))]
     if len({len(side) for side in sides}) > 1:  # one weight against a stack
         sides = torch.broadcast_tensors(*sides)
+    if not len(sides[0]):
+        return
     verdict = judge_pairs(Affinity.of(*pair) for pair in zip(*sides, strict=True))
     if not verdict.related:
         raise UnrelatedBases(f"{verdict.sentence()} method='copy' copies it anyway")
@@ -393,6 +395,10 @@ def _check_update(update: Tensor | LowRank) -> None:
     )
     for name, tensor in tensors.items():
         check_operand(name, tensor)
+        if tensor.ndim < 2:
+            raise ShapeMismatch(
+                f"{name} is {list(tensor.shape)}, and a bias has no singular subspaces; copy it"
+            )
         _refuse_non_finite(name, tensor)
 
 

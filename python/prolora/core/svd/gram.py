@@ -75,9 +75,9 @@ class Lowered:
     top: Tensor  # [1, 1], what rounding is relative to
 
     def restore(self, values: Tensor, rows: Tensor) -> None:
-        """Puts the head back into eigenvalues [1, p] and eigenvectors [1, p, d]."""
-        q = len(self.head.theta)
-        values[0, :q], rows[0, :q] = self.head.theta, self.head.rows.float()
+        """Overwrites the leading eigenvalues [1, p] and eigenvectors [1, p, d] with the head."""
+        q = min(len(self.head.theta), rows.shape[1])  # the head may be longer than p
+        values[0, :q], rows[0, :q] = self.head.theta[:q], self.head.rows[:q].float()
 
 
 def partial_triplets(

@@ -106,8 +106,10 @@ def _measure_pairs(gram: AnyGram, ritz: Ritz, cut: Cut) -> Pairs:
     x = ritz.near.double()
     start = 0
     if ritz.head is not None:
-        start = ritz.head.shape[1]
-        x = torch.cat([ritz.head, x[:, start:] - (x[:, start:] @ ritz.head.mT) @ ritz.head], 1)
+        # The window's last rows come after the kept ones; the head must not reach into them.
+        head = ritz.head[:, : cut.near - cut.guard]
+        start = head.shape[1]
+        x = torch.cat([head, x[:, start:] - (x[:, start:] @ head.mT) @ head], 1)
     # A dense rung keeps many: the gaps next to its window are as small as float32's rounding.
     rough = 0 if ritz.beyond is None or ritz.dense else cut.first
     if rough > start:
