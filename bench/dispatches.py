@@ -1,7 +1,7 @@
 """Counts what truncated_svd asks of a GPU, on the CPU: `python bench/dispatches.py OUT LABEL`.
 
 Dispatches, host synchronisations, flops and bytes of each stage, on generated weights. The chunks
-are those of a GPU, and so are the rungs. OUT is a JSON file, in which the counts stand under LABEL;
+are those of a GPU, and so are the solvers. OUT is a JSON file, in which the counts stand under LABEL;
 those under other labels stay.
 
 What the CPU cannot count: the kernels that LAPACK's counterparts launch, and the copies between
@@ -53,7 +53,7 @@ LABELS: dict[str, tuple[list[Any], dict[str, Any]]] = {
 
 @contextmanager
 def as_on_a_gpu(slow_float64: bool = False) -> Any:
-    """The chunks and rungs that a GPU would get, on the CPU."""
+    """The chunks and solvers that a GPU would get, on the CPU."""
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(stacks, "FORCE_BATCHED", True))
         if slow_float64:
@@ -76,7 +76,7 @@ def count_case(
         "rows": m,
         "columns": n,
         "rank": rank,
-        "rung": result.rung,
+        "solver": result.solver,
         "columns kept": int(result.rank.max()),
         "seconds on the CPU": round(time.perf_counter() - began, 1),
         **summarise(tally),

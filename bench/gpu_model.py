@@ -174,7 +174,7 @@ def render_model(counts: dict[str, Any]) -> str:
 
 def _render_counts(cases: list[dict[str, Any]]) -> str:
     lines = [
-        "| stack | rung | dispatches | waits | Tflop float32, float64 | GB |",
+        "| stack | solver | dispatches | waits | Tflop float32, float64 | GB |",
         "|---|---|---|---|---|---|",
     ]
     for case in cases:
@@ -184,7 +184,7 @@ def _render_counts(cases: list[dict[str, Any]]) -> str:
         # Those for torch's eigensolver, which XsyevBatched has not, stand apart.
         solver = case["stages"]["eigensolver"].get("synchronisations", 0)
         lines.append(
-            f"| {b} × {m}×{n}, {_rule(rank)} | `{case['rung']}` | {case['dispatches']} "
+            f"| {b} × {m}×{n}, {_rule(rank)} | `{case['solver']}` | {case['dispatches']} "
             f"| {case['synchronisations'] - solver} + {solver} "
             f"| {case['float32 flops'] / 1e12:.2g}, {case['float64 flops'] / 1e12:.2g} "
             f"| {case['bytes'] / 1e9:.3g} |"

@@ -61,7 +61,7 @@ def make_values(name: str, d: int) -> Tensor:
 
 
 def measure(w: Tensor, rank: int | float, clock: str, rounds: int) -> dict:
-    """Times, errors and the rung of one case."""
+    """Times, errors and the solver of one case."""
     now = time.process_time if clock == "cpu" else time.perf_counter
     basis = prolora.truncated_svd(w, rank)
     k = int(basis.rank)
@@ -85,7 +85,7 @@ def measure(w: Tensor, rank: int | float, clock: str, rounds: int) -> dict:
     sines = {name: sine(u[:, :k], x[:, :k]) for name, x in left.items()}
     sines["ours"] = max(sines["ours"], sine(vt[:k].mT, basis.V[:, :k]))
     ms = {name: round(min(times), 1) for name, times in taken.items()}
-    facts = {"rank": rank, "columns": k, "rung": basis.rung, "bound": float(basis.bound)}
+    facts = {"rank": rank, "columns": k, "solver": basis.solver, "bound": float(basis.bound)}
     facts["load"] = round(os.getloadavg()[0], 1)
     return facts | {"sines": sines, "ms": ms, "over gesdd": round(ms["ours"] / ms["gesdd"], 2)}
 

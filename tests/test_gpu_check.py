@@ -365,7 +365,7 @@ def test_a_stack_asks_no_more_of_a_gpu_than_the_stored_counts_say():
 
 def test_what_a_stack_asks_of_a_gpu_does_not_grow_with_it():
     few, many = (dispatches.count_case(b, 40, 48, 0.9) for b in (2, 9))
-    assert few["rung"] == many["rung"] == "gram-f64"
+    assert few["solver"] == many["solver"] == "gram-f64"
     assert many["dispatches"] <= few["dispatches"]
     assert many["synchronisations"] == few["synchronisations"] <= 8
     assert many["float64 flops"] == pytest.approx(4.5 * few["float64 flops"], rel=0.2)

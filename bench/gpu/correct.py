@@ -125,7 +125,7 @@ def compare_bases(bench: Bench, weight: Tensor, rank: int | float) -> None:
             norms = [float(torch.linalg.matrix_norm(one, 2)) if k else 0.0 for one in left]
             sines.append(max(norms))
             bounds.append(float(here.bound[i] + there.bound[i]))
-    note = f"rungs {here.rung} on the CPU, {there.rung} on the GPU; ok {bool(there.ok.all())}"
+    note = f"solvers {here.solver} on the CPU, {there.solver} on the GPU; ok {bool(there.ok.all())}"
     bench.record("sine between CPU and GPU", max(sines), "sine", bench.step, note=note)
     bench.record("sum of the bounds", max(bounds), "sine", bench.step)
     for sine, bound in zip(sines, bounds, strict=True):

@@ -73,7 +73,7 @@ def time_stack(bench: Bench, stack: tuple[int, int, int, int | float]) -> None:
         name = "truncated_svd" if precision == "highest" else "truncated_svd, precision high"
         bench.record(name, ms, "ms", case, repeats=repeats, note=note)
     basis = whole()
-    bench.record("largest bound", float(basis.bound.max()), "sine", case, note=basis.rung)
+    bench.record("largest bound", float(basis.bound.max()), "sine", case, note=basis.solver)
     bench.record("peak memory", peak_memory(whole, bench.device) / 2**20, "MiB", case)
     bench.record("synchronisations", count_waits(whole, bench.device), "times", case)
     with counting(stage_of) as tally:

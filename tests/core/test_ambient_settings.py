@@ -18,7 +18,7 @@ from prolora.core import precision
 from prolora.core.recompression import product_energies
 from prolora.core.similarity import angle_quantiles
 
-# The Krylov rung, the Gram matrix in float32, and in float64.
+# The Krylov solver, the Gram matrix in float32, and in float64.
 SHAPES = {"krylov": (768, 768, 48), "gram-f32": (400, 420, 100), "gram-f64": (72, 96, 30)}
 
 
@@ -47,7 +47,7 @@ def compute(shape):
     results += [delta.dense(), delta.norm(), *vars(delta.truncate(2)).values()]
     results.append(product_energies(delta.up, delta.down))
     stacks = [
-        type(b)(**{n: v if n == "rungs" else v[None] for n, v in vars(b).items()}) for b in bases
+        type(b)(**{n: v if n == "solvers" else v[None] for n, v in vars(b).items()}) for b in bases
     ]
     results += angle_quantiles(*stacks)
     return [x.detach().clone() for x in results]

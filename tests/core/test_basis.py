@@ -34,8 +34,8 @@ def test_no_direction_is_made_up_for_a_rank_deficient_weight():
 
 def test_a_spectrum_the_gram_matrix_cannot_resolve_goes_down_the_ladder():
     weight = planted(32, 32, 10.0 ** -torch.linspace(0, 10, 32, dtype=torch.float64))[0]
-    assert truncated_svd(weight, 4).rung == "gram-f64"
-    assert truncated_svd(weight, 24).rung == "svd-f64"
+    assert truncated_svd(weight, 4).solver == "gram-f64"
+    assert truncated_svd(weight, 24).solver == "svd-f64"
 
 
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 10_000), st.floats(0, 3))
@@ -61,7 +61,7 @@ def test_a_basis_moves_to_a_device_as_a_whole_and_casts_its_factors_only():
 @pytest.mark.parametrize("rank", [2, 0.9])
 def test_a_stack_of_no_matrices_has_a_basis_of_none(rank):
     basis = truncated_svd(torch.zeros(0, 4, 5), rank)
-    assert basis.U.shape == (0, 4, 1) and basis.bound.shape == (0,) and basis.rungs == ()
+    assert basis.U.shape == (0, 4, 1) and basis.bound.shape == (0,) and basis.solvers == ()
 
 
 SENSELESS = [0, -1, 1.0, 0.0, 1.5, "3", True, np.int64(0), np.float32(1.5), np.bool_(True)]
@@ -100,7 +100,7 @@ def test_where_krylov_proves_nothing_the_dense_factorisation_takes_over():
     values = torch.cat([torch.linspace(3, 2, 20), 1 + 1e-7 * torch.linspace(1, 0, 780)])
     weight, u, _ = planted(800, 800, values)
     basis = truncated_svd(weight, 40)
-    assert basis.rung == "gram-f64"
+    assert basis.solver == "gram-f64"
     assert sine(u[:, :40], basis.U) <= basis.bound
 
 
@@ -119,7 +119,7 @@ def test_residual_and_gap_are_those_of_the_factors(shape, k):
 def test_the_seed_decides_the_bits_and_the_same_call_gives_the_same():
     weight = weights(768, 780, 0)
     one, again, other = (truncated_svd(weight, 32, seed=seed) for seed in (0, 0, 1))
-    assert one.rung == "krylov" and not torch.equal(one.U, other.U)
+    assert one.solver == "krylov" and not torch.equal(one.U, other.U)
     assert all(torch.equal(getattr(one, x), getattr(again, x)) for x in ("U", "S", "V", "bound"))
     strict = truncated_svd(
         weight[:40, :50], 8, tol=0.5 * float(truncated_svd(weight[:40, :50], 8).bound)

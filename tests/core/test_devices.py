@@ -73,7 +73,7 @@ def mixed(m, n, k):
     return torch.stack([planted(m, n, x, seed)[0].float() for seed, x in enumerate(spectra)])
 
 
-# The rungs of the ladder, and what leaves them.
+# The solvers of the ladder, and what leaves them.
 CASES = {
     "krylov": (lambda: stack(2, 768, 800), 48),
     "gram-f32": (lambda: stack(2, 400, 384), 100),
@@ -101,7 +101,7 @@ def test_subspaces_are_those_of_the_cpu_each_on_its_own_rung(device, case):
     check_equal_subspaces(found, wanted)
     if not case.startswith("mixed"):
         return
-    assert device != "cpu" or found.rungs == wanted.rungs
+    assert device != "cpu" or found.solvers == wanted.solvers
     for i, one in enumerate(weight if len(weight[0]) < 768 else weight[:1]):
         bound = float(found.bound[i])
         assert bound >= 1 or true_error(lapack(one), found.to("cpu")[i]) <= bound
@@ -171,7 +171,7 @@ WAITS = {"_local_scalar_dense", "item", "nonzero", "equal", "is_nonzero", "maske
 
 
 @pytest.mark.parametrize(
-    ("d", "n", "rank", "rung"),
+    ("d", "n", "rank", "solver"),
     [
         (768, 800, 16, "krylov"),
         pytest.param(768, 2400, 16, "krylov", marks=pytest.mark.slow),
@@ -180,7 +180,7 @@ WAITS = {"_local_scalar_dense", "item", "nonzero", "equal", "is_nonzero", "maske
         (60, 80, 0.9, "gram-f64"),
     ],
 )
-def test_a_stack_takes_as_many_steps_and_waits_as_one_matrix(monkeypatch, d, n, rank, rung):
+def test_a_stack_takes_as_many_steps_and_waits_as_one_matrix(monkeypatch, d, n, rank, solver):
     tolist, counts, lists = torch.Tensor.tolist, [], []
 
     def counted(tensor):  # does not pass the dispatcher
@@ -196,10 +196,10 @@ def test_a_stack_takes_as_many_steps_and_waits_as_one_matrix(monkeypatch, d, n, 
         lists.clear()
         with Calls() as calls:
             basis = truncated_svd(stack[:size], rank)
-        assert basis.rungs == (rung,) * size
+        assert basis.solvers == (solver,) * size
         waits = sum(calls.counts[name] for name in WAITS) + len(lists)
         counts.append((calls.counts.total(), waits))
-        assert (calls.counts["prolora::panel_qr"] > 3) == (rung == "krylov")  # through the kernel
+        assert (calls.counts["prolora::panel_qr"] > 3) == (solver == "krylov")  # through the kernel
     assert counts[0] == counts[1] and 0 < counts[0][1] <= 8
     again = truncated_svd(stack, rank)
     for name in ("U", "S", "V", "bound", "residual"):

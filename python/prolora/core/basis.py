@@ -1,6 +1,6 @@
 """Leading singular subspaces of weights, with bounds on their error.
 
-The bound comes from `residual_and_angle` in svd/triplets.py for the rungs in float64, and from
+The bound comes from `residual_and_angle` in svd/triplets.py for the solvers in float64, and from
 `bound_span_angle` in svd/bounds.py for the others.
 """
 
@@ -52,7 +52,7 @@ class Basis:
         bound: [...], upper bound on the sine of the largest principal angle between these subspaces
             and the true ones, left and right; 1 where the spectrum has no gap at k.
         ok: bool [...], whether the projectors are exact to the tolerance asked for.
-        rungs: the algorithm that produced each matrix of the stack, flattened.
+        solvers: the algorithm that produced each matrix of the stack, flattened.
     """
 
     U: Tensor
@@ -64,17 +64,17 @@ class Basis:
     gap: Tensor
     bound: Tensor
     ok: Tensor
-    rungs: tuple[str, ...]
+    solvers: tuple[str, ...]
 
     def __repr__(self) -> str:
         """Writes Basis(64×48, rank 8, float32, gram-f64, bound 2e-07)."""
-        text = f"rank {format_range(self.rank)}, {format_storage(self.U)}, {self.rung}"
+        text = f"rank {format_range(self.rank)}, {format_storage(self.U)}, {self.solver}"
         return f"Basis({format_shape(self.shape)}, {text}, bound {format_range(self.bound, '.0e')})"
 
     @property
-    def rung(self) -> str:
+    def solver(self) -> str:
         """The algorithm used; of a stack, each one that was used, joined by '+'."""
-        return "+".join(sorted(set(self.rungs)))
+        return "+".join(sorted(set(self.solvers)))
 
     @property
     def shape(self) -> torch.Size:
@@ -92,7 +92,7 @@ class Basis:
         k = max(1, int(self.rank[i]))
         fields = {name: getattr(self, name)[i] for name in FACTS}
         fields |= {"U": self.U[i, :, :k], "S": self.S[i, :k], "V": self.V[i, :, :k]}
-        return Basis(**fields, rungs=(self.rungs[i],))
+        return Basis(**fields, solvers=(self.solvers[i],))
 
     def take(self, places: Sequence[int]) -> Basis:
         """Selects matrices of a stack [b, m, n]; a view of those that lie side by side."""
@@ -100,13 +100,13 @@ class Basis:
         if chosen == list(range(places[0], places[0] + len(places))):
             chosen = slice(places[0], places[0] + len(places))
         fields = {name: getattr(self, name)[chosen] for name in FACTORS + FACTS}
-        return Basis(**fields, rungs=tuple(self.rungs[i] for i in places))
+        return Basis(**fields, solvers=tuple(self.solvers[i] for i in places))
 
 
 def stack_bases(bases: list[Basis]) -> Basis:
     """Bases of single matrices [m, n] as the basis of their stack [b, m, n]."""
     alone = (
-        Basis(**{name: getattr(basis, name)[None] for name in FACTORS + FACTS}, rungs=basis.rungs)
+        Basis(**{name: getattr(basis, name)[None] for name in FACTORS + FACTS}, solvers=basis.solvers)
         for basis in bases
     )
     return _join_bases(list(alone), torch.Size((len(bases),)))
@@ -117,7 +117,7 @@ def stack_bases(bases: list[Basis]) -> Basis:
 def truncated_svd(W: MatrixLike, rank: Rank, *, tol: float = 1e-3, seed: int = 0) -> Basis:
     """Computes leading singular subspaces of W, never silently inaccurate.
 
-    A ladder of algorithms; `rungs` says which one gave a result:
+    A ladder of algorithms; `solvers` says which one gave a result:
 
     - "krylov": few columns of a large matrix (k ≤ d/8, d ≥ 768), by a block Krylov iteration of
       adaptive depth;
@@ -127,7 +127,7 @@ def truncated_svd(W: MatrixLike, rank: Rank, *, tol: float = 1e-3, seed: int = 0
     - "svd-f32": LAPACK's SVD, where every column is asked for;
     - "svd-f64": LAPACK's SVD, for spectra that a Gram matrix cannot resolve (σ_k/σ_1 < 1e-5).
 
-    What one rung cannot prove to `tol`, the next one computes. The bound rests on residuals and
+    What one solver cannot prove to `tol`, the next one computes. The bound rests on residuals and
     orthonormality of what is returned. On the CPU the matrices of a stack share out the threads.
 
     Args:
@@ -146,7 +146,7 @@ def truncated_svd(W: MatrixLike, rank: Rank, *, tol: float = 1e-3, seed: int = 0
         ValueError: a rank that is neither, or a tol that is negative or no number.
         ShapeMismatch: W has fewer than two dimensions or an empty side.
         NonFiniteWeights: W holds NaN or Inf.
-        SolverFailure: no rung gave a result.
+        SolverFailure: no solver gave a result.
         UnsupportedTensor, UnsupportedDevice: W is sparse, complex, without data, not of floating
             point, inside of torch.func.vmap, or on a device other than cpu and cuda.
     """
@@ -219,14 +219,14 @@ def _chunk_basis(stack: Tensor, exponents: list[int], rank: Rank, tol: float, se
         gap=torch.where(last > 0, (last - basis.following) / last.clamp_min(1e-300), 1.0),
         bound=bound.clamp_max(1),
         ok=bound <= tol,
-        rungs=basis.rungs,
+        solvers=basis.solvers,
     )
 
 
 def _descend_ladder(
     w: Tensor, norm: Tensor, rank: Rank, tol: float, seed: int, stored: Tensor | None
 ) -> Triplets:
-    """Solves each matrix of w by the first rung that proves its result.
+    """Solves each matrix of w by the first solver that proves its result.
 
     w: [b, d, n], float32 or float64.
     """
@@ -245,7 +245,7 @@ def _descend_ladder(
 def _descend_dense(
     w: Tensor, norm: Tensor, places: list[int], rank: Rank, tol: float
 ) -> list[tuple[list[int], Triplets]]:
-    """Takes the matrices of w [b, d, n] at some indices through the dense rungs."""
+    """Takes the matrices of w [b, d, n] at some indices through the dense solvers."""
     parts: list[tuple[list[int], Triplets]] = []
     some, its_norm = _take_both(w, norm, places)
     refined = None
@@ -298,4 +298,4 @@ def _join_bases(parts: list[Basis], batch: torch.Size) -> Basis:
     for name in FACTS:
         fields[name] = torch.cat([getattr(part, name) for part in parts])
     fields = {name: x.reshape((*batch, *x.shape[1:])) for name, x in fields.items()}
-    return Basis(**fields, rungs=tuple(rung for part in parts for rung in part.rungs))
+    return Basis(**fields, solvers=tuple(solver for part in parts for solver in part.solvers))

@@ -31,7 +31,7 @@ class Measures:
             four blocks of the source basis; the last two are what ProLoRA drops.
         bound: upper bound on the sine of the largest angle between used and true bases.
         ok: whether that bound met the tolerance.
-        rung: the algorithm that gave the bases.
+        solver: the algorithm that gave the bases.
         angles_left, angles_right: principal angles between the two subspaces in radians, at the
             shares `core.similarity.ANGLE_SHARES` of their number, smallest first.
     """
@@ -50,7 +50,7 @@ class Measures:
     null_range_energy: float
     bound: float
     ok: bool
-    rung: str
+    solver: str
     angles_left: tuple[float, ...]
     angles_right: tuple[float, ...]
 
@@ -69,13 +69,13 @@ class Measures:
     def of(
         cls,
         info: ProjectionInfo,
-        rungs: Sequence[str],
+        solvers: Sequence[str],
         left: Sequence[tuple[float, ...]],
         right: Sequence[tuple[float, ...]],
     ) -> list[Measures]:
         """Lists the numbers of every update of a stack of weight pairs.
 
-        Each pair has one update or more; `rungs` and the angles are a pair's.
+        Each pair has one update or more; `solvers` and the angles are a pair's.
         """
         similar = info.similarity
         stack = [
@@ -84,10 +84,10 @@ class Measures:
             *(info.range_energy, info.null_energy, info.range_null_energy),
             *(info.null_range_energy, info.bound, info.ok),
         ]
-        each = info.energy.numel() // len(rungs)
-        columns = [*(values.flatten().tolist() for values in stack), rungs, left, right]
+        each = info.energy.numel() // len(solvers)
+        columns = [*(values.flatten().tolist() for values in stack), solvers, left, right]
         repeated = (
-            [x for x in column for _ in range(each)] if len(column) == len(rungs) else column
+            [x for x in column for _ in range(each)] if len(column) == len(solvers) else column
             for column in columns
         )
         return [cls(*row) for row in zip(*repeated, strict=True)]

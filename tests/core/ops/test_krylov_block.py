@@ -219,7 +219,7 @@ def test_truncated_svd_finds_its_blocks_by_the_op_where_it_is_asked_for(asked):
     w = stack_of_16_bits(800, 768, BFLOAT, 0.5, 0.5, 0.3)
     with Calls() as calls:
         basis = truncated_svd(w, 48)
-    assert basis.rungs[:2] == ("krylov",) * 2 and basis.ok.all()
+    assert basis.solvers[:2] == ("krylov",) * 2 and basis.ok.all()
     # The first block is no image of another one.
     assert calls.counts["prolora::panel_qr"] == 2 and calls.counts["prolora::krylov_block"] > 8
     for i, weight in enumerate(w):

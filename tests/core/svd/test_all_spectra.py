@@ -116,7 +116,7 @@ def check(weight: Tensor, ranks: list[int | float], table: Table) -> None:
         )
         assert error <= max(bound, 1e-13), (rank, basis)
         assert basis.ok == (bound <= 1e-3)
-        table.add(basis.rung, bool(basis.ok), error / max(bound, 1e-13), d)
+        table.add(basis.solver, bool(basis.ok), error / max(bound, 1e-13), d)
 
 
 def make_weight(spectrum: str, d: int, shape: str, dtype: torch.dtype) -> Tensor:

@@ -1,4 +1,4 @@
-"""A solver that fails or lies: the next rung takes over, or the result says that it is not ok."""
+"""A solver that fails or lies: the next solver takes over, or the result says that it is not ok."""
 
 import re
 from functools import cache
@@ -98,7 +98,7 @@ def weight_of(case):
     return weight, lapack(weight)
 
 
-# Name: (m, n, columns, the rung that works here).
+# Name: (m, n, columns, the solver that works here).
 CASES = {
     "krylov": (800, 800, 40),
     "gram-f32": (400, 440, 80),
@@ -107,13 +107,13 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(("fault", "rung"), pair_up(FAULTS, ["krylov", "gram-f32"]))
-def test_where_the_float32_solver_fails_a_rung_in_float64_takes_over(monkeypatch, rung, fault):
-    (weight, exact), k = weight_of(rung), CASES[rung][2]
-    assert truncated_svd(weight, k).rung == rung
+@pytest.mark.parametrize(("fault", "solver"), pair_up(FAULTS, ["krylov", "gram-f32"]))
+def test_where_the_float32_solver_fails_a_rung_in_float64_takes_over(monkeypatch, solver, fault):
+    (weight, exact), k = weight_of(solver), CASES[solver][2]
+    assert truncated_svd(weight, k).solver == solver
     break_eigh(monkeypatch, FAULTS[fault], {torch.float32})
     basis = truncated_svd(weight, k)
-    assert basis.rung == "gram-f64" and basis.ok and true_error(exact, basis) <= basis.bound
+    assert basis.solver == "gram-f64" and basis.ok and true_error(exact, basis) <= basis.bound
     torch.testing.assert_close(basis.S, exact[1][:k].float(), rtol=1e-5, atol=0)
 
 
@@ -123,7 +123,7 @@ def test_where_no_eigensolver_works_lapacks_svd_takes_over(monkeypatch, case, fa
     break_eigh(monkeypatch, FAULTS[fault], {torch.float32, torch.float64})
     basis = truncated_svd(weight, k)
     assert basis.ok and true_error(exact, basis) <= basis.bound
-    assert basis.rung == ("svd-f32" if k == min(weight.shape) else "svd-f64")
+    assert basis.solver == ("svd-f32" if k == min(weight.shape) else "svd-f64")
 
 
 @pytest.mark.parametrize("fault", LIES)
@@ -150,10 +150,10 @@ def test_where_every_solver_raises_the_error_is_prolora_s_own(monkeypatch, fault
 
 def test_where_the_svd_fails_the_gram_matrix_answers_with_its_own_bound(monkeypatch):
     weight = planted(32, 32, 10.0 ** -torch.linspace(0, 10, 32, dtype=torch.float64))[0]
-    assert truncated_svd(weight, 24).rung == "svd-f64"
+    assert truncated_svd(weight, 24).solver == "svd-f64"
     monkeypatch.setattr(torch.linalg, "svd", raise_linalg)
     basis = truncated_svd(weight, 24)
-    assert basis.rung == "gram-f64" and not basis.ok
+    assert basis.solver == "gram-f64" and not basis.ok
     assert basis.bound >= true_error(SVD(weight), basis)
 
 
@@ -170,7 +170,7 @@ def test_one_matrix_that_a_solver_fails_on_leaves_the_others_of_its_stack_alone(
 
     monkeypatch.setattr(torch.linalg, "eigh", eigh)
     basis = truncated_svd(stack, 5)
-    assert basis.rungs == ("gram-f64", "svd-f64", "gram-f64") and bool(basis.ok.all())
+    assert basis.solvers == ("gram-f64", "svd-f64", "gram-f64") and bool(basis.ok.all())
     for i in (0, 2):
         assert sine(plain.U[i], basis.U[i]) < 1e-12
 
@@ -223,19 +223,19 @@ STACKS = {
 
 
 @cache
-def stack_of(rung):
+def stack_of(solver):
     """A stack with a spectrum each, and its singular vectors."""
-    d, n, _, spectra = STACKS[rung]
+    d, n, _, spectra = STACKS[solver]
     stack = torch.stack([planted(d, n, x, seed)[0] for seed, x in enumerate(spectra)]).float()
     return stack, lapack(stack)
 
 
-def check_quality(monkeypatch, rung, quality, whole_stacks):
+def check_quality(monkeypatch, solver, quality, whole_stacks):
     """The basis of a stack, none of whose bounds is below the error, or `ok` above the bound."""
     monkeypatch.setattr(stacks, "FORCE_BATCHED", whole_stacks)
-    stack, exact = stack_of(rung)
+    stack, exact = stack_of(solver)
     break_eigh(monkeypatch, QUALITIES[quality], {torch.float32})
-    basis = truncated_svd(stack, STACKS[rung][2])
+    basis = truncated_svd(stack, STACKS[solver][2])
     for i in range(len(stack)):
         error = true_error([x[i] for x in exact], basis[i])
         assert error <= basis.bound[i] or basis.bound[i] >= 1
@@ -248,11 +248,11 @@ def check_quality(monkeypatch, rung, quality, whole_stacks):
     pair_up(QUALITIES, [("gram-f32", True), ("krylov", True), ("gram-f32", False)]),
 )
 def test_no_quality_of_a_float32_solver_puts_the_bound_below_the_error(monkeypatch, way, quality):
-    rung, whole_stacks = way
-    basis = check_quality(monkeypatch, rung, quality, whole_stacks)
+    solver, whole_stacks = way
+    basis = check_quality(monkeypatch, solver, quality, whole_stacks)
     assert basis.ok.all()
-    partly = quality == "one of a stack" and whole_stacks  # the others keep their rung
-    assert (rung in basis.rungs) == (quality in LIMITED or partly)
+    partly = quality == "one of a stack" and whole_stacks  # the others keep their solver
+    assert (solver in basis.solvers) == (quality in LIMITED or partly)
 
 
 @pytest.mark.parametrize("rank", [48, 160])
@@ -281,12 +281,12 @@ def test_a_product_of_factors_is_cut_in_float64_where_float32_does_not_converge(
 
 
 @pytest.mark.parametrize(
-    ("rung", "quality"), pair_up(STACKS, ["1e-3, orthonormal", "unrelated vectors"])
+    ("solver", "quality"), pair_up(STACKS, ["1e-3, orthonormal", "unrelated vectors"])
 )
-def test_nor_where_nobody_checks_what_the_solver_gives(monkeypatch, rung, quality):
+def test_nor_where_nobody_checks_what_the_solver_gives(monkeypatch, solver, quality):
     measure = solvers._measure_pairs
     monkeypatch.setattr(solvers, "_measure_pairs", lambda *pairs: [0 * x for x in measure(*pairs)])
-    check_quality(monkeypatch, rung, quality, whole_stacks=True)
+    check_quality(monkeypatch, solver, quality, whole_stacks=True)
 
 
 @pytest.mark.parametrize(

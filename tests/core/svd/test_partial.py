@@ -1,4 +1,4 @@
-"""Leading eigenvectors alone in the rung gram-f32: the same subspaces, and when it does not pay."""
+"""Leading eigenvectors alone in the solver gram-f32: the same subspaces, and when it does not pay."""
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ def test_the_bound_holds_for_leading_vectors_alone(solved, name):
     values, rank, shape = SPECTRA[name]
     weight = planted(*shape, values)[0].float()
     basis = truncated_svd(weight, rank)
-    assert basis.rung == "gram-f32" and basis.ok and solved == ["tridiagonal_vectors"]
+    assert basis.solver == "gram-f32" and basis.ok and solved == ["tridiagonal_vectors"]
     assert true_error(lapack(weight), basis) <= float(basis.bound) + 1e-6
     assert int(basis.rank) == (rank if rank >= 1 else columns_for_energy(weight, rank))
 

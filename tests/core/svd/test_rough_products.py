@@ -51,9 +51,9 @@ def test_no_error_of_the_float32_products_puts_the_bound_below_the_sine(monkeypa
     assert true_error(lapack(weight), basis) <= float(basis.bound)
     assert basis.ok
     if size <= 1e-7:
-        assert basis.rung == "krylov"
+        assert basis.solver == "krylov"
     if size >= 1e-4:
-        assert basis.rung != "krylov"
+        assert basis.solver != "krylov"
 
 
 VECTORS = {}

@@ -31,7 +31,7 @@ def outlier(d, times=300.0):
     return values
 
 
-# Name: (m, n, singular values, columns). d = 400 is the float32 Gram rung, d = 800 the Krylov one.
+# Name: (m, n, singular values, columns). d = 400 is the float32 Gram solver, d = 800 the Krylov one.
 SMALL, LARGE = 400, 800
 ZOO = {
     "i^-0.5": (SMALL, SMALL, power_law(SMALL, 0.5), 150),
@@ -111,7 +111,7 @@ def weight_of(name):
     return weight, lapack(weight)
 
 
-# By the kernel's text a weight takes a second: for every change some that stay on their rung, and
+# By the kernel's text a weight takes a second: for every change some that stay on their solver, and
 # some that leave it.
 QUICK = {"i^-0.5, tall", "i^-1", "k inside the bulk", "clusters, cut inside one", "rank k", "tiny"}
 QUICK |= {"large, i^-0.5", "all columns", "small, 0.5^i"}
@@ -131,7 +131,7 @@ def test_the_bound_holds_and_ok_means_a_projector_good_to_a_thousandth(name, way
     if name in NO_GAP:
         assert not basis.ok and basis.bound == 1
         return
-    assert stacks.FORCE_BATCHED or basis.rung == RUNGS.get(name, basis.rung)
+    assert stacks.FORCE_BATCHED or basis.solver == RUNGS.get(name, basis.solver)
     assert int(basis.rank) == k and true_error(exact, basis) <= basis.bound
     assert basis.ok == (basis.bound <= 1e-3)
     # LAPACK's ratios, for results kept in float32.
@@ -164,13 +164,13 @@ def test_channels_far_larger_than_the_rest_do_not_blind_the_fast_rung(kind):
     assert basis.ok and true_error(lapack(weight), basis) <= basis.bound
 
 
-@pytest.mark.parametrize(("rank", "rung"), [(0.9, "gram-f32"), (0.9995, "gram-f64")])
-def test_energy_counts_the_same_columns_in_float32_as_in_float64(rank, rung):
-    """Also where it takes all of them, which the rung in float32 leaves to the next one."""
+@pytest.mark.parametrize(("rank", "solver"), [(0.9, "gram-f32"), (0.9995, "gram-f64")])
+def test_energy_counts_the_same_columns_in_float32_as_in_float64(rank, solver):
+    """Also where it takes all of them, which the solver in float32 leaves to the next one."""
     for seed in range(2):
         weight = planted(SMALL, SMALL, torch.linspace(2, 1, SMALL), seed)[0].float()
         single, double = truncated_svd(weight, rank), truncated_svd(weight.double(), rank)
-        assert single.rung == rung and double.rung == "gram-f64" and single.ok
+        assert single.solver == solver and double.solver == "gram-f64" and single.ok
         assert int(single.rank) == int(double.rank) == columns_for_energy(weight, rank)
         assert float(single.energy) == pytest.approx(float(double.energy), abs=1e-6)
 
@@ -226,4 +226,4 @@ def test_the_bound_holds_where_digits_lose_most_and_what_they_report_counts(way,
     x = basis.U[0, :, 0].double()
     assert float(torch.linalg.vector_norm(x - u * (u @ x))) <= float(basis.bound) + 1e-6
     _, reported = precise_product.measured_product(w[None])
-    assert reported > 1e-3 * gap * 0.26 and basis.rungs == ("gram-f64",)  # which has no digits
+    assert reported > 1e-3 * gap * 0.26 and basis.solvers == ("gram-f64",)  # which has no digits

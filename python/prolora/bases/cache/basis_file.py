@@ -30,7 +30,7 @@ def write_basis(path: Path, basis: Basis, name: str) -> None:
     """
     tensors = {part: getattr(basis, part).contiguous() for part in FACTORS}
     facts = {part: getattr(basis, part).item() for part in FACTS}
-    text = json.dumps(facts | {"rung": basis.rung, "name": name}, sort_keys=True)
+    text = json.dumps(facts | {"solver": basis.solver, "name": name}, sort_keys=True)
     header = {METADATA_KEY: text, _CHECKSUM: _compute_checksum(tensors, text)}
     write = lambda new: dump_safetensors(new, tensors, header)  # noqa: E731
     put(path, write, overwrite=True, durable=False, follow=False)
@@ -69,7 +69,7 @@ def read_basis(path: Path) -> tuple[Basis, str]:
         if not fits or len(k) != 1 or dtypes not in ({torch.float32}, {torch.float64}):
             raise UnsupportedFormat("its tensors do not fit together")
         numbers = {part: torch.tensor(facts[part], dtype=_DTYPES[part]) for part in FACTS}
-        return Basis(**tensors, **numbers, rungs=(str(facts["rung"]),)), str(facts["name"])
+        return Basis(**tensors, **numbers, solvers=(str(facts["solver"]),)), str(facts["name"])
     except (ProLoRAError, ValueError, KeyError, TypeError) as error:
         if not path.exists():
             raise FileNotFoundError(path) from error

@@ -41,5 +41,5 @@ def complement_triplets(
     short, s, long, residual, angle = assemble_factors(w, norm, kept, angle + touched, cut)
     following = (-theta[:, -1]).clamp_min(0).sqrt()
     energy = gram.precise.diagonal(dim1=-2, dim2=-1).sum(-1) + theta.sum(-1)
-    rungs = ("gram-f32",)
-    return Triplets(short.mT, long.mT, s, cut.count, following, residual, angle, rungs), energy
+    solvers = ("gram-f32",)
+    return Triplets(short.mT, long.mT, s, cut.count, following, residual, angle, solvers), energy

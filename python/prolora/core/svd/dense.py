@@ -48,8 +48,8 @@ def whole_triplets(w: Tensor, norm: Tensor) -> Triplets:
     angle = skew if w.shape[1] == w.shape[2] else skew + outside
     count = torch.full((len(w),), w.shape[1])
     nothing = torch.zeros_like(norm)
-    rungs = ("svd-f32",) * len(w)
-    triplets = Triplets(short, long, s.double(), count, nothing, residual, angle, rungs)
+    solvers = ("svd-f32",) * len(w)
+    triplets = Triplets(short, long, s.double(), count, nothing, residual, angle, solvers)
     return mark_failed(triplets, s[:, -1] > GRAM_RANGE * s[:, 0])
 
 
@@ -89,8 +89,8 @@ def dense_triplets(w: Tensor, norm: Tensor, rank: Rank) -> Triplets:
         error=rounding_error(w, norm),
     )
     residual, angle = residual_and_angle(w, (short, kept, long), count, evidence)
-    rungs = tuple("svd-f64" if i in right else "gram-f64" for i in range(len(w)))
-    return Triplets(short, long, kept, count, following, residual, angle, rungs)
+    solvers = tuple("svd-f64" if i in right else "gram-f64" for i in range(len(w)))
+    return Triplets(short, long, kept, count, following, residual, angle, solvers)
 
 
 def _gram_spectrum(w: Tensor) -> Spectrum:

@@ -57,12 +57,12 @@ class Ritz:
 
 
 def refine_triplets(
-    gram: AnyGram, w: Tensor, norm: Tensor, ritz: Ritz, cut: Cut, rung: str
+    gram: AnyGram, w: Tensor, norm: Tensor, ritz: Ritz, cut: Cut, solver: str
 ) -> Triplets:
     """Refines the leading triplets of w; angle 1 if float32 left too little to repair.
 
     gram: products with wwᵀ; w: [b, d, n], float32, d ≤ n; norm: [b], ‖w‖_F; ritz: with p =
-    cut.near; cut: how many vectors to keep; rung: the name of what gave the vectors.
+    cut.near; cut: how many vectors to keep; solver: the name of what gave the vectors.
     """
     pairs, repair, angle = refine_span(gram, norm, ritz, cut, sum(w.shape[-2:]))
     theta = torch.where(cut.kept, pairs.theta[:, : cut.most], 0.0)
@@ -71,8 +71,8 @@ def refine_triplets(
     if ritz.head is not None:  # whose rounding the right vectors of the others take along
         residual = torch.maximum(residual, sample_residual(w, short, s, long)[0])
     following = cut.at(pairs.theta, 0).clamp_min(0).sqrt()
-    rungs = (rung,) * len(w)
-    return Triplets(short.mT, long.mT, s, cut.count, following, residual, angle, rungs)
+    solvers = (solver,) * len(w)
+    return Triplets(short.mT, long.mT, s, cut.count, following, residual, angle, solvers)
 
 
 def refine_span(
@@ -110,7 +110,7 @@ def _measure_pairs(gram: AnyGram, ritz: Ritz, cut: Cut) -> Pairs:
         head = ritz.head[:, : cut.near - cut.guard]
         start = head.shape[1]
         x = torch.cat([head, x[:, start:] - (x[:, start:] @ head.mT) @ head], 1)
-    # A dense rung keeps many: the gaps next to its window are as small as float32's rounding.
+    # A dense solver keeps many: the gaps next to its window are as small as float32's rounding.
     rough = 0 if ritz.beyond is None or ritz.dense else cut.first
     if rough > start:
         middle = gram.multiply_f32(x[:, start:rough].float()).double()

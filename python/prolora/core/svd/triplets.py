@@ -25,14 +25,14 @@ class Triplets:
     residual: Tensor
     # [b], upper bound on the sine of the largest angle to the true subspaces, at most 1.
     angle: Tensor
-    rungs: tuple[str, ...]  # the algorithm of each matrix
+    solvers: tuple[str, ...]  # the algorithm of each matrix
 
     def take(self, places: list[int]) -> Triplets:
         """Selects matrices of the stack."""
-        if places == list(range(len(self.rungs))):
+        if places == list(range(len(self.solvers))):
             return self
         fields = {name: take_places(getattr(self, name), places) for name in TENSORS}
-        return Triplets(**fields, rungs=tuple(self.rungs[i] for i in places))
+        return Triplets(**fields, solvers=tuple(self.solvers[i] for i in places))
 
     def narrow(self, k: int) -> Triplets:
         """Drops the columns from k on, which no matrix uses."""
@@ -62,10 +62,10 @@ def merge_triplets(parts: list[tuple[list[int], Triplets]]) -> Triplets:
         if name in PADDED:
             tensors = [torch.nn.functional.pad(x, (0, k - x.shape[-1])) for x in tensors]
         fields[name] = torch.cat(tensors)
-    rungs = tuple(rung for _, part in parts for rung in part.rungs)
+    solvers = tuple(solver for _, part in parts for solver in part.solvers)
     places = [i for own, _ in parts for i in own]
     order = sorted(range(len(places)), key=places.__getitem__)
-    return Triplets(**fields, rungs=rungs).take(order)
+    return Triplets(**fields, solvers=solvers).take(order)
 
 
 def rounding_error(w: Tensor, norm: Tensor) -> Tensor:

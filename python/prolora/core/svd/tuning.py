@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Tuning:
-    """Sizes and shares from which on a rung or solver is faster.
+    """Sizes and shares from which on a solver or solver is faster.
 
     bench/svd_table.py chose the constants for a CPU, one at a time, and bench/gpu_model.py those
     for a GPU, not a card. A wrong one costs time: a bound holds for any.
