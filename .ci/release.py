@@ -13,6 +13,7 @@ from __future__ import annotations
 import fnmatch
 import os
 import re
+import shutil
 import subprocess
 import sys
 import venv
@@ -32,9 +33,9 @@ PURE = (
     "prolora_icon_family-{}-py3-none-any.whl",
 )
 MOST_PURE_BYTES = 1_000_000
-# What stands in the root, beside what .gitignore names.
+# The tracked files and folders in the root.
 ROOT_ENTRIES = {
-    *(".ci", ".clang-format", ".git", ".github", ".gitignore", ".pre-commit-config.yaml"),
+    *(".ci", ".clang-format", ".github", ".gitignore", ".pre-commit-config.yaml"),
     *("CHANGELOG.md", "CITATION.cff", "CMakeLists.txt", "CONTRIBUTING.md", "LICENSE", "README.md"),
     *("RELEASE.md", "SECURITY.md", "bench", "build_backend.py", "cmake", "csrc", "docs"),
     *("examples", "integrations", "mkdocs.yml", "pyproject.toml", "python", "tests"),
@@ -125,15 +126,25 @@ def check_pack(root: Path, publish: bool = False) -> list[str]:
     return faults + [f"the pack has no {name}" for name in missing]
 
 
+def list_tracked(root: Path) -> list[str]:
+    """The paths that git tracks; none if `root` is not a checkout or git is not installed."""
+    if not (root / ".git").exists() or not shutil.which("git"):
+        return []
+    # GIT_DIR and others, which git sets in a hook, name another repository. The checkout may belong
+    # to another user, for example in a container.
+    environment = {name: x for name, x in os.environ.items() if not name.startswith("GIT_")}
+    line = ["git", "-c", "safe.directory=*", "ls-files", "-z"]
+    listed = subprocess.check_output(line, cwd=root, env=environment, text=True, encoding="utf-8")
+    return listed.split("\0")[:-1]
+
+
 def check_root(root: Path) -> list[str]:
-    """Files in the root that nothing explains."""
-    ignored = [line.strip("/") for line in read(root, ".gitignore").split() if "/" in line[-1:]]
-    ignored += ["*.egg-info", "*.so"]
-    return [
-        f"the root has an unknown {name}"
-        for name in sorted(os.listdir(root))
-        if name not in ROOT_ENTRIES and not any(fnmatch.fnmatch(name, x) for x in ignored)
-    ]
+    """Tracked files and folders in the root that ROOT_ENTRIES lacks.
+
+    Untracked ones are not in a release: a venv, a notebook, the folder of `prolora demo`.
+    """
+    tracked = {path.partition("/")[0] for path in list_tracked(root)}
+    return [f"the root has an unknown {name}" for name in sorted(tracked - ROOT_ENTRIES)]
 
 
 def check_words(root: Path) -> list[str]:
@@ -148,7 +159,8 @@ def check_words(root: Path) -> list[str]:
         faults += [f"{file.name}: there is no `prolora {x}`" for x in named if x not in known]
     project = read(root, "pyproject.toml").partition("[project.optional-dependencies]")[2]
     extras = set(re.findall(r"^(\w+) = \[", project.partition("\n[")[0], re.MULTILINE))
-    for file in sorted([*root.glob("*.md"), *root.glob("docs/*.md")]):
+    pages = [root / name for name in sorted(ROOT_ENTRIES) if name.endswith(".md")]
+    for file in [*filter(Path.is_file, pages), *sorted(root.glob("docs/*.md"))]:
         for words in re.findall(r"""["'](?:\.|prolora)\[([\w,]+)\]""", file.read_text("utf-8")):
             faults += [f"{file.name}: no extra {x}" for x in words.split(",") if x not in extras]
     return faults

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from backends import find_node
+from checkout import add_stray_files, list_files, run_git
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "python" / "prolora"
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+FILES = list_files()
+PAGES = [p for p in FILES if p.suffix == ".md" and p.parent in (ROOT, ROOT / "docs")]
 
 
 def anchors_of(page: Path) -> set[str]:
@@ -69,9 +72,25 @@ def test_every_file_that_the_table_of_rooms_names_exists():
 
 def test_nobody_is_sent_to_a_package_that_is_not_ours():
     """What an index has under this project's name is another's."""
-    files = [*(ROOT / "python").rglob("*.py"), *ROOT.glob("*.md"), *ROOT.glob("[bdi]*/**/*.md")]
+    files = [*(ROOT / "python").rglob("*.py"), *(file for file in FILES if file.suffix == ".md")]
     sent = [f for f in files if re.search(r"pip install .?prolora", f.read_text("utf-8"))]
     assert len(files) > 100 and not sent
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="git is not installed")
+def test_stray_files_are_not_files_of_the_project(tmp_path):
+    for name in ("README.md", "docs/guide.md", "docs/gone.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    add_stray_files(tmp_path)
+    readme, gone, guide = (tmp_path / x for x in ("README.md", "docs/gone.md", "docs/guide.md"))
+    assert list_files(tmp_path) == [readme, gone, guide]  # an unpacked source distribution
+    run_git(tmp_path, "init", "--quiet")
+    run_git(tmp_path, "add", "README.md", "docs")
+    gone.unlink()
+    assert list_files(tmp_path) == [readme, guide]
+    run_git(tmp_path, "add", "notes.md")
+    assert list_files(tmp_path) == [readme, guide, tmp_path / "notes.md"]
 
 
 def test_the_readme_stays_short():

@@ -7,12 +7,14 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from checkout import list_files
 
 ROOT = Path(__file__).parents[1]
 TABLE = json.loads((ROOT / "tests" / "promises.json").read_text("utf-8"))
 # Records of measurements, whose numbers have scripts; what others did.
 RECORDS = {"evidence.md", "results.md", "related_work.md"}
-PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = [file for file in list_files() if file.suffix == ".md" and file.parent == ROOT / "docs"]
+PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", *DOCS]
 # When an error is raised, and which there are.
 ERRORS = re.compile(r"- `\w+` – |\| `[\w-]+` \| `\w+` \|")
 PROMISE = re.compile(r"\b(?:always|never|every|(?<!at )once|no)\b", re.IGNORECASE)

@@ -3,25 +3,17 @@
 import importlib.util
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from checkout import add_stray_files, make_clone, run_git
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / ".ci" / "release.py"
 pytestmark = pytest.mark.skipif(not SCRIPT.exists(), reason="a source distribution holds no .ci")
-READ = (
-    ".github",
-    ".gitignore",
-    "CITATION.cff",
-    "README.md",
-    "docs/guide.md",
-    "pyproject.toml",
-    "examples/icon_family/pyproject.toml",
-    "integrations/comfyui",
-    "python/prolora/cli/commands.py",
-)
+needs_git = pytest.mark.skipif(not shutil.which("git"), reason="git is not installed")
 RELEASE, PACK = ".github/workflows/release.yml", "integrations/comfyui"
 FORM = ".github/ISSUE_TEMPLATE/it-loads-and-does-nothing.yml"
 
@@ -36,15 +28,8 @@ def release():
 
 @pytest.fixture
 def copy(tmp_path):
-    """The files that the dry run reads."""
-    root = tmp_path / "root"
-    for name in READ:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, root / name)
-        else:
-            shutil.copy(ROOT / name, root / name)
-    return root
+    """A git repository of the files that the dry run reads."""
+    return make_clone(tmp_path / "root")
 
 
 def test_the_dry_run_of_a_release_is_green(release, copy):
@@ -83,9 +68,40 @@ def test_a_planted_fault_turns_it_red(release, copy, fault):
     assert len(faults) >= 1 and any(said in one for one in faults), faults
 
 
-def test_a_file_in_the_root_that_nothing_explains_turns_it_red(release, copy):
-    (copy / "x").touch()
-    assert release.check(copy) == ["the root has an unknown x"]
+@needs_git
+def test_tracked_unknown_files_in_the_root_are_reported(release, copy):
+    for name in ("x", "outputs/y.py"):
+        (copy / name).parent.mkdir(exist_ok=True)
+        (copy / name).touch()
+        run_git(copy, "add", name)
+    expected = ["the root has an unknown outputs", "the root has an unknown x"]
+    assert release.check(copy) == expected
+    # As the command that a release runs.
+    line = [sys.executable, ".ci/release.py", "check"]
+    done = subprocess.run(line, cwd=copy, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.splitlines()) == (1, expected)
+
+
+def test_stray_files_in_the_root_are_ignored(release, copy):
+    add_stray_files(copy)
+    assert release.check(copy) == []
+    line = [sys.executable, ".ci/release.py", "check"]
+    done = subprocess.run(line, cwd=copy, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, "")
+
+
+def test_root_is_not_judged_without_git(release, copy):
+    shutil.rmtree(copy / ".git", ignore_errors=True)
+    add_stray_files(copy)
+    assert release.list_tracked(copy) == [] == release.check(copy)
+
+
+@needs_git
+def test_git_ignores_the_folder_of_the_demo(copy):
+    add_stray_files(copy)
+    shown = run_git(copy, "status", "--short", "--untracked-files=normal").splitlines()
+    stray = [line[3:] for line in shown if line.startswith("?? ")]
+    assert stray == ["notebook.ipynb", "notes.md", "outputs/", "venv/"]
 
 
 def test_a_pack_without_ignored_files_or_address_is_not_published(release, copy):
