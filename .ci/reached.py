@@ -60,10 +60,16 @@ def reach_tests(changed: list[str], rooms: list[str]) -> set[str] | None:
 
 
 def list_changes(revision: str) -> list[str]:
-    """Lists the files that differ from a revision, new ones too."""
+    """Lists the files that differ from a revision, and the new ones in tracked folders."""
     commands = ["diff", "--name-only", revision], ["ls-files", "--others", "--exclude-standard"]
-    said = [subprocess.check_output(["git", *c], cwd=ROOT, text=True) for c in commands]
-    return [line for text in said for line in text.splitlines()]
+    changed, new = (
+        subprocess.check_output(["git", *words], cwd=ROOT, text=True).splitlines()
+        for words in commands
+    )
+    # A venv, a notebook or an output in the root is not a change of the project.
+    tracked = subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).splitlines()
+    folders = {path.partition("/")[0] for path in tracked if "/" in path}
+    return changed + [path for path in new if path.partition("/")[0] in folders]
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from checkout import add_stray_files, make_clone, run_git
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(
@@ -17,14 +18,13 @@ pytestmark = pytest.mark.skipif(
     reason="the script runs on Linux, and a source distribution holds no .ci",
 )
 
-# pip is called beside the tests for the linters, then for mypy and others, where it starts a
-# process that would go on for minutes, and by the README's command.
+# pip is called in the background for the linters, then for mypy and others, where it starts a
+# process that would go on for minutes, and by both commands of the README.
 PIP = """#!/bin/bash
 case "$*" in
   *mypy*) if [ -n "$HANGS" ]; then sleep 300 & echo $! >>"$NOTES/children"; wait; fi ;;
-  *test,demo*) until [ -z "$HANGS" ] || [ -s "$NOTES/children" ]; do sleep 0.02; done
+  *demo*) until [ -z "$HANGS" ] || [ -s "$NOTES/children" ]; do sleep 0.02; done
     eval "$INSTALL" ;;
-  *demo*) eval "$INSTALL" ;;
 esac
 """
 PYTHON = """#!/bin/bash
@@ -40,24 +40,27 @@ mkdir -p "$at"
 echo "Tag: py3-none-any" >"$at/WHEEL"
 touch "$at/RECORD"
 """
-# Each run of the tests says its arguments; the first also where the extension ran.
+# Each run of the tests prints its arguments; the first also where the extension ran.
 PYTEST = """#!/bin/bash
+echo "$PWD: pytest $*" >>"$NOTES/ran"
 if [ -n "$PROLORA_LIST_EXTENSION_TESTS" ]; then
   printf 'tests/core/test_a.py::test_%s\\n' a b a >"$PROLORA_LIST_EXTENSION_TESTS"
 fi
 echo "pytest $*"
 """
 PROLORA = """#!/bin/bash
-echo "prolora $*" >>"$NOTES/prolora"
-case "$1" in demo) mkdir prolora-demo ;; esac
+echo "$PWD: prolora $*" >>"$NOTES/ran"
+case "$1" in demo) mkdir -p prolora-demo ;; esac
 """
 NAMES = ("pip", "python", "python3", "pytest", "prolora", "ruff", "clang-format", "node", "mypy")
 
 
 @pytest.fixture
 def begun(tmp_path):
-    """Starts `.ci/run` with stand-ins; what its README's command does is a line of shell."""
+    """Starts `.ci/run` of a clone with stand-ins; what the README's commands do is shell."""
     tools, started = tmp_path / "tools", []
+    clone = make_clone(tmp_path / "clone")
+    add_stray_files(clone)
     tools.mkdir()
     scripts = {"pip": PIP, "python": PYTHON, "python3": PYTHON, "pytest": PYTEST}
     scripts["prolora"] = PROLORA
@@ -77,7 +80,7 @@ def begun(tmp_path):
     def begin(install, hangs="yes"):
         started.append(
             subprocess.Popen(
-                [ROOT / ".ci" / "run"],
+                [clone / ".ci" / "run"],
                 env=outer | known | {"INSTALL": install, "HANGS": hangs},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -146,18 +149,28 @@ def test_a_run_in_which_nothing_fails_takes_every_step_and_ends_with_the_tests(b
     said = run.communicate(timeout=60)[0]
     assert run.returncode == 0, said
     steps = [line for line in said.splitlines() if line.startswith("=== done")]
-    assert len(steps) == said.count("\n=== ") - said.count("\n=== done") + 1 == 4, said
+    assert len(steps) == said.count("\n=== ") - said.count("\n=== done") + 1 == 5, said
     lines = said.splitlines()
     assert lines[-1].startswith("pytest -n auto") and lines[-2].endswith(
         "test_a.py::test_a tests/core/test_a.py::test_b"
     )
     assert "pytest --benchmark-disable bench" in lines
-    assert (tmp_path / "prolora").read_text().split("\n")[:-1] == [
-        *["prolora doctor"] * 2,
-        "prolora demo --target pruned",
-    ]
-    assert not (ROOT / "prolora-demo").exists()
     check_nothing_is_left_of(tmp_path)
+    assert (tmp_path / "clone" / "prolora-demo").is_dir()
+
+
+def test_the_demo_and_then_the_tests_run_in_the_clone(begun, tmp_path):
+    run = begun(INSTALL, hangs="")
+    said = run.communicate(timeout=60)[0]
+    assert run.returncode == 0, said
+    ran = [line.split(": ", 1) for line in (tmp_path / "ran").read_text().splitlines()]
+    clone = str(tmp_path / "clone")
+    assert ran[0] == [clone, "prolora demo --target pruned --overwrite"]
+    assert [clone, "pytest -n auto --maxprocesses 4"] in ran[1:]
+    # Without a compiler the demo runs in the background, in a temporary folder.
+    commands = [command for _, command in ran if command.startswith("prolora ")]
+    assert commands[1:] == [*["prolora doctor"] * 2, "prolora demo --target pruned"]
+    assert [folder for folder, command in ran if command == commands[-1]] != [clone]
 
 
 def reach(*changed):
@@ -181,6 +194,19 @@ def test_a_change_reaches_the_tests_of_its_room_and_of_all_rooms_above():
     assert "tests/core" in reach("python/prolora/core/basis.py")
     borrowers = reach("tests/support/published_models.py", "python/prolora/__init__.pyi")
     assert "tests/architectures" in borrowers and "tests/core" not in borrowers
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="git is not installed")
+def test_stray_files_in_the_root_are_not_changes(tmp_path):
+    clone = make_clone(tmp_path / "clone")
+    run_git(clone, "-c", "user.name=x", "-c", "user.email=x", "commit", "-qm", "x")
+    add_stray_files(clone)
+    (clone / "docs" / "new.md").write_text("new")
+    (clone / "README.md").write_text("changed")
+    code = "import reached; print(*reached.list_changes('HEAD'))"
+    line = [sys.executable, "-c", code]
+    changes = subprocess.check_output(line, cwd=clone / ".ci", text=True).split()
+    assert changes == ["README.md", "docs/new.md"]
 
 
 @pytest.mark.parametrize("path", ["pyproject.toml", "csrc/ops.h", "tests/conftest.py", ".ci/run"])
