@@ -297,14 +297,6 @@ def test_the_stages_of_a_transfer_and_the_rows_of_its_report_have_one_home(trees
     }
 
 
-def test_docstrings_say_more_than_the_name(trees):
-    assert not structure.find_restating_docstrings(trees)
-
-
-def test_docstrings_are_plain_sentences(trees):
-    assert not structure.find_unclear_docstrings(trees)
-
-
 def test_flags_of_the_command_line_are_named_there_alone(trees):
     """Errors and reports reach people in Python and in ComfyUI, who have no flags."""
     assert not structure.find_flags(trees)

@@ -19,8 +19,6 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parents[2] / "python" / "prolora"
 MOST_PARAMETERS, MOST_LINES, MOST_STARRED = 8, 80, 2
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
-# Words that say nothing beside the name.
-EMPTY_WORDS = {"a", "an", "the", "of", "as", "is", "to", "it", "all", "its", "for", "in", "and"}
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -128,78 +126,6 @@ def _count_wanted_arguments(trees: dict[Path, ast.Module]) -> dict[str, int]:
                 continue
             wanted[node.name] = min(count, wanted.get(node.name, count))
     return wanted
-
-
-def find_restating_docstrings(trees: dict[Path, ast.Module]) -> list[str]:
-    """Functions and classes whose docstring says in four words or fewer what the name says."""
-    restating = []
-    for file, tree in trees.items():
-        for node in walk(tree):
-            if not isinstance(node, Function | ast.ClassDef):
-                continue
-            words = re.findall(r"[a-z]+", (ast.get_docstring(node) or "").lower())
-            names = set(re.findall(r"[a-z]+", re.sub(r"([A-Z])", r" \1", node.name).lower()))
-            if 0 < len(words) <= 4 and set() != _stems(words) <= _stems(names):
-                restating.append(f"{file}:{node.name}")
-    return restating
-
-
-def _stems(words: list[str] | set[str]) -> set[str]:
-    return {word.rstrip("s")[:5] for word in words if word not in EMPTY_WORDS}
-
-
-# A function does something: its first word is a verb in the third person.
-VERB = re.compile(r"[A-Z][a-z]+(?:[a-rt-z]s|sses)\b")
-NO_VERB = {"This", "Its", "As", "Whether", "Always", "Bytes", "Names", "Shapes", "Thus", "Yes"}
-CLAUSES = re.compile(r"\b(?:which|whose|that|where)\b")
-CLUMSY = re.compile(r"\bof which\b|\bthose of\b|\bits like\b|\bnobody\b|\bnone is there\b", re.I)
-MOST_WORDS = {"function": 15, "class": 12, "module": 12}
-
-
-def find_unclear_docstrings(trees: dict[Path, ast.Module]) -> list[str]:
-    """Lists docstrings that break the rules of CONTRIBUTING.md's section on words."""
-    return [
-        f"{file}:{line} {reason}: {text[:60]}"
-        for file, tree in trees.items()
-        for node in walk(tree)
-        if not _is_help_text(file, node)
-        for line, reason, text in _judge_docstring(node)
-    ]
-
-
-def _is_help_text(file: Path, node: ast.AST) -> bool:
-    """Whether the docstring is a help text of the command line, which is in the imperative."""
-    if file.parts[0] != "cli" or not isinstance(node, Function):
-        return False
-    marks = [ast.unparse(mark) for mark in node.decorator_list]
-    return node.name == file.stem or any(mark.startswith("app.") for mark in marks)
-
-
-def _judge_docstring(node: ast.AST) -> Iterator[tuple[int, str, str]]:
-    """Yields the line, the rule that is broken and the first sentence."""
-    if not isinstance(node, ast.Module | ast.ClassDef | Function):
-        return
-    text = ast.get_docstring(node) or ""
-    if not text:
-        return
-    kinds = {ast.Module: "module", ast.ClassDef: "class"}
-    kind = kinds.get(type(node), "function")
-    first = re.split(r"(?<=[.:;])\s", text.replace("\n", " "), maxsplit=1)[0]
-    line = getattr(node, "lineno", 1)
-    marks = getattr(node, "decorator_list", [])
-    is_property = any("property" in ast.unparse(mark) for mark in marks)
-    if kind == "function" and not is_property:
-        word = first.split()[0].strip(".,:;")
-        if not VERB.fullmatch(word) or word in NO_VERB:
-            yield line, "begins with no verb", first
-        if node.name[:2].count("_") == 1 and re.search(r"^\s*(Args|Returns):", text, re.M):
-            yield line, "tells types of a private function", first
-    if len(first.split()) > MOST_WORDS[kind]:
-        yield line, f"has more than {MOST_WORDS[kind]} words", first
-    if len(CLAUSES.findall(first)) > 1:
-        yield line, "has two clauses", first
-    if CLUMSY.search(text):
-        yield line, "is clumsy", CLUMSY.findall(text)[0]
 
 
 def find_flags(trees: dict[Path, ast.Module]) -> list[str]:
