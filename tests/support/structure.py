@@ -19,6 +19,8 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parents[2] / "python" / "prolora"
 MOST_PARAMETERS, MOST_LINES, MOST_STARRED = 8, 80, 2
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
+# The dense definitions, each with the name of the op that it defines.
+TWINS = "core/reference.py"
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -40,20 +42,29 @@ def parse_files(package: Path = PACKAGE) -> dict[Path, ast.Module]:
     return {file.relative_to(package): parse_file(file) for file in sorted(package.rglob("*.py"))}
 
 
-def find_names_told_twice(trees: dict[Path, ast.Module]) -> dict[str, list[str]]:
-    """Class or public function -> the files that define it, where these are several."""
-    homes: dict[str, list[str]] = defaultdict(list)
+def find_duplicate_names(trees: dict[Path, ast.Module]) -> dict[str, list[str]]:
+    """Returns class or public function -> the files that define it, if these are several.
+
+    Two pairs are allowed: a command and the verb that it calls, for example `cli/merge.py` and
+    `making/merge.py`, and an op in `core/` and its dense definition in `core/reference.py`.
+    """
+    homes: dict[str, set[str]] = defaultdict(set)  # a set, since overloads have one name
     for file, tree in trees.items():
         for node in tree.body:
             is_public = isinstance(node, Function) and not node.name.startswith("_")
             if isinstance(node, ast.ClassDef) or is_public:
-                homes[node.name.lstrip("_")].append(str(file))
-    told = {name: sorted(set(files)) for name, files in homes.items()}  # overloads are one
-    return {name: files for name, files in told.items() if len(files) > 1 + _is_command(files)}
+                homes[node.name.lstrip("_")].add(file.as_posix())
+    duplicates = {}
+    for name, files in homes.items():
+        if any(file.startswith("core/") for file in files - {TWINS}):
+            files = files - {TWINS}
+        if len(files) > 1 + _is_command(sorted(files)):
+            duplicates[name] = sorted(homes[name])
+    return duplicates
 
 
 def _is_command(files: list[str]) -> bool:
-    """Whether one of the files is of the command line, and the other is not."""
+    """Returns True for two files of which one is in cli/."""
     return [file.startswith("cli/") for file in files].count(True) == 1 == len(files) - 1
 
 
