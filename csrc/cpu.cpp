@@ -3,10 +3,12 @@
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
+#include <cstring>
 #include <memory>
 #include <new>
 #include <stdexcept>
 
+#include "cut_side.h"
 #include "krylov_block.h"
 #include "panel_qr.h"
 #include "precise_product.h"
@@ -207,36 +209,12 @@ void small_singular_values_cpu(const SmallSingularValuesArgs<T>& args) {
 
 namespace {
 
-// Eigenvalues that a core works on at once.
-constexpr int kGroup = 16;
-
 PROLORA_FOR_EACH_TARGET void reduce(const TridiagonaliseArgs<float>& args, Index matrix) {
   reduce_matrix(WideBlock{}, SerialProducts{}, args, matrix);
 }
 
 PROLORA_FOR_EACH_TARGET void reduce(const TridiagonaliseArgs<double>& args, Index matrix) {
   reduce_matrix(WideBlock{}, SerialProducts{}, args, matrix);
-}
-
-// `count` values, at most kGroup, from number `first` on.
-PROLORA_FOR_EACH_TARGET void find_values(const Tridiagonal& t, Index first, Index count,
-                                         double* values) {
-  double found[kGroup];
-  bisect<kGroup>(t, gershgorin(t), int(first), found);
-  std::copy(found, found + count, values);
-}
-
-PROLORA_FOR_EACH_TARGET void find_vectors(const Tridiagonal& t, Index count, const double* values,
-                                          double* scratch, float* vectors) {
-  double value[kGroup], squares[kGroup];
-  for (int l = 0; l < kGroup; ++l) value[l] = values[l < count ? l : count - 1];
-  double* vector = scratch + 2 * t.n * kGroup;
-  twist<kGroup>(t, smallest_pivot(t), value, scratch, scratch + t.n * kGroup, vector, kGroup,
-                squares);
-  for (Index l = 0; l < count; ++l) {
-    const double unit = 1 / std::sqrt(squares[l]);
-    for (int i = 0; i < t.n; ++i) vectors[l * t.n + i] = unit_entry(vector[i * kGroup + l], unit);
-  }
 }
 
 }  // namespace
@@ -263,7 +241,9 @@ void each_group(const Args& args, F f) {
 template <>
 void tridiagonal_values_cpu(const TridiagonalValuesArgs<double>& args) {
   each_group(args, [&](const Tridiagonal& t, Index matrix, Index first, Index count) {
-    find_values(t, first, count, args.values + matrix * args.count + first);
+    double values[kGroup];
+    find_values(t, first, values);
+    std::copy(values, values + count, args.values + matrix * args.count + first);
   });
 }
 
@@ -272,8 +252,64 @@ void tridiagonal_vectors_cpu(const TridiagonalVectorsArgs<double>& args) {
   each_group(args, [&](const Tridiagonal& t, Index matrix, Index first, Index count) {
     const std::unique_ptr<double[]> scratch(new double[3 * kGroup * t.n]);
     const Index at = matrix * args.count + first;
-    find_vectors(t, count, args.values + at, scratch.get(), args.vectors + at * t.n);
+    const Reflections q =
+        args.reflections
+            ? Reflections{args.reflections + matrix * args.d * args.d, args.tau + matrix * args.d}
+            : Reflections{nullptr, nullptr};
+    double values[kGroup];
+    double* x = scratch.get() + 2 * kGroup * t.n;
+    for (Index l = 0; l < kGroup; ++l) values[l] = args.values[at + smaller(l, count - 1)];
+    find_vectors(t, q, values, scratch.get(), x);
+    for (Index l = 0; l < count; ++l) {
+      double* row = args.vectors + (at + l) * t.n;
+      for (int i = 0; i < t.n; ++i) row[i] = x[i * kGroup + l];
+    }
   });
+}
+
+template <>
+void multiply_reduced_cpu(const MultiplyReducedArgs<double>& args) {
+  each_group(args, [&](const Tridiagonal& t, Index matrix, Index first, Index count) {
+    const std::unique_ptr<double[]> x(new double[2 * kGroup * t.n]);
+    double* y = x.get() + kGroup * t.n;
+    const Reflections q = {args.reflections + matrix * args.d * args.d, args.tau + matrix * args.d};
+    for (int i = 0; i < t.n; ++i) {
+      for (Index l = 0; l < kGroup; ++l) {
+        x[i * kGroup + l] = l < count ? args.x[(first + l) * t.n + i] : 0;
+      }
+    }
+    multiply_reduced(t, q, x.get(), y);
+    for (Index l = 0; l < count; ++l) {
+      double* row = args.products + (matrix * args.count + first + l) * t.n;
+      for (int i = 0; i < t.n; ++i) row[i] = y[i * kGroup + l];
+    }
+  });
+}
+
+template <>
+void cut_side_cpu(const CutSideArgs<double>& args) {
+  static_assert(sizeof(CutFacts) == kCutFacts * sizeof(double));
+  check_tridiagonal_size(args.d);
+  const auto reduce_one = [](const TridiagonaliseArgs<double>& one) { reduce(one, 0); };
+  bool enough_memory = true;
+#pragma omp parallel if (args.batch > 1)
+  {
+    CutScratch scratch;
+#pragma omp for schedule(dynamic)
+    for (Index b = 0; b < args.batch; ++b) {
+      try {
+        const CutFacts facts = find_cut_side(
+            reduce_one, args.w + b * args.d * args.n, args.gram + b * args.d * args.d, args.d,
+            args.n, args.share[0], args.rank, scratch, args.shorts + b * args.rows * args.d,
+            args.longs + b * args.rows * args.n);
+        std::memcpy(args.facts + b * kCutFacts, &facts, sizeof(facts));
+      } catch (const std::bad_alloc&) {  // must not leave the parallel region
+#pragma omp critical
+        enough_memory = false;
+      }
+    }
+  }
+  if (!enough_memory) throw std::bad_alloc{};
 }
 
 Index tridiagonalise_scratch(Index batch, Index d, bool float64) {

@@ -16,7 +16,9 @@
 
 // The one list of ops: name, struct of arguments, what there is of it on a CPU and on a GPU.
 #define PROLORA_OPS(OP)                                          \
+  OP(cut_side, CutSideArgs, DOUBLE, NONE)                        \
   OP(krylov_block, KrylovBlockArgs, FLOAT, FLOAT)                \
+  OP(multiply_reduced, MultiplyReducedArgs, DOUBLE, NONE)        \
   OP(panel_qr, PanelQrArgs, FLOAT, FLOAT)                        \
   OP(precise_product, PreciseProductArgs, FLOAT, FLOAT)          \
   OP(project_pair, ProjectPairArgs, BOTH, FLOAT)                 \
@@ -153,13 +155,43 @@ struct TridiagonalValuesArgs {
   Index batch, d, count;
 };
 
+// Eigenvectors of T, or of A = Q T Qᵀ if reflections are given.
 template <class T>
 struct TridiagonalVectorsArgs {
-  const T* diagonal;  // [batch, d]
-  const T* beside;    // [batch, d]
-  const T* values;    // [batch, count]
-  float* vectors;     // [batch, count, d], unit rows
+  const T* diagonal;     // [batch, d]
+  const T* beside;       // [batch, d]
+  const T* values;       // [batch, count]
+  const T* reflections;  // [batch, d, d] of tridiagonalise, or null
+  const T* tau;          // [batch, d], or null
+  T* vectors;            // [batch, count, d], unit rows
   Index batch, d, count;
+};
+
+// Products of Q T Qᵀ with the same rows for every matrix: what a reduction implies, to be compared
+// with products of the matrix that was reduced.
+template <class T>
+struct MultiplyReducedArgs {
+  const T* reflections;  // [batch, d, d] of tridiagonalise
+  const T* tau;          // [batch, d]
+  const T* diagonal;     // [batch, d]
+  const T* beside;       // [batch, d]
+  const T* x;            // [count, d]
+  T* products;           // [batch, count, d]
+  Index batch, d, count;
+};
+
+// Numbers of CutFacts in cut_side.h.
+constexpr Index kCutFacts = 8;
+
+template <class T>
+struct CutSideArgs {
+  const T* w;      // [batch, d, n], d <= n
+  const T* gram;   // [batch, d, d], w wᵀ
+  const T* share;  // [1], of the trace that the kept columns hold, if rank is 0
+  T* shorts;       // [batch, rows, d], unit rows; those behind a matrix's number are not written
+  T* longs;        // [batch, rows, n]
+  T* facts;        // [batch, kCutFacts]
+  Index batch, d, n, rows, rank;  // rows = d / 2 at least
 };
 
 template <class T>

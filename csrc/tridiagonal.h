@@ -1,21 +1,22 @@
-// Leading eigenpairs of symmetric matrices, for a batch: three ops, between which the host chooses.
+// clang-format off
+// Leading eigenpairs of a batch of symmetric matrices, in three ops:
 //
-//   tridiagonalise        A = Q T Qᵀ by reflections, in panels (LAPACK's sytrd; Dongarra, Sorensen,
-//                         Hammarling 1989): a product with what is left of A for each column, and
-//                         an update of rank 2 kPanel for each panel.
-//   tridiagonal_values    the largest eigenvalues of T, by bisection with Sturm counts (Givens
-//   1954) tridiagonal_vectors   their eigenvectors, by twisted factorisations (Dhillon, Parlett
-//   2004) with
-//                         a Rayleigh correction between two
+//   tridiagonalise       A = Q T Qᵀ by Householder reflections in panels (LAPACK's sytrd; Dongarra,
+//                        Sorensen, Hammarling 1989): a product with the trailing submatrix for each
+//                        column, and an update of rank 2 kPanel for each panel.
+//   tridiagonal_values   the largest eigenvalues of T, by bisection with Sturm counts (Givens 1954).
+//   tridiagonal_vectors  their eigenvectors, by twisted factorisations (Dhillon, Parlett 2004).
 //
-// The last two are in float64, whatever A is in. A value or a vector needs no other: each is a lane
-// of a CPU's vectors or a thread of a GPU. Vectors of values that agree to 1e-12 of the largest may
-// be far from orthogonal, which the Python side measures.
+// The last two compute in float64, whatever the precision of A. Values and vectors are independent of
+// each other: each is one lane of a CPU's vector registers. Vectors of eigenvalues that agree to 1e-12
+// of the largest may be far from orthogonal; the Python side measures that.
 //
-// A [d, d], row-major; its upper triangle is read, and overwritten by reflections: that of column j
-// is H_j = I - tau_j v vᵀ with v_(j+1) = 1 and the rest in row j, behind it (column-major, LAPACK's
-// lower form). 4/3 d³ flops, half of them in products that read d³/6 numbers in all.
-// Bound on a CPU: the bandwidth of its last cache, 4 d³/6 bytes. On a GPU a block takes a matrix.
+// A [d, d] is row-major. Its upper triangle is read, and overwritten by the reflections: that of column
+// j is H_j = I - tau_j v vᵀ with v_(j+1) = 1 and the other entries in row j, from column j + 2 on (which
+// is LAPACK's lower form in column-major order). 4/3 d³ flops, half of them in matrix-vector products
+// that read d³/6 numbers in all. Bound on a CPU: the bandwidth of its last cache, for 4 d³/6 bytes in
+// float32. There is no CUDA version: on a GPU the eigenproblems go to cuSOLVER.
+// clang-format on
 #pragma once
 
 #include <cmath>
@@ -184,7 +185,7 @@ HOST_DEVICE double gershgorin(const Tridiagonal& t) {
   return reach;
 }
 
-// Below this a pivot is taken for it.
+// Pivots smaller than this are replaced by it.
 HOST_DEVICE double smallest_pivot(const Tridiagonal& t) { return 1e-300 + gershgorin(t) * 1e-32; }
 
 // The power of two that brings a positive number to [1, 2).
@@ -228,7 +229,8 @@ HOST_DEVICE void bisect(const Tridiagonal& t, double reach, int first, double* v
         LANES
         for (int l = 0; l < kLanes; ++l) {
           const double now = (next - middle[l]) * minor[l] - square * before[l];
-          below[l] += now * minor[l] < 0 ? 1.0 : 0.0;
+          // Signs, not a product: a minor of 0 counts as positive, and its change is not lost.
+          below[l] += std::copysign(1.0, now) != std::copysign(1.0, minor[l]) ? 1.0 : 0.0;
           before[l] = minor[l];
           minor[l] = now;
         }
@@ -251,11 +253,11 @@ HOST_DEVICE void bisect(const Tridiagonal& t, double reach, int first, double* v
   for (int l = 0; l < kLanes; ++l) values[l] = 0.5 * (low[l] + high[l]) / unit;
 }
 
-// An entry of a unit vector in float32. The smallest, of which there are many, would be subnormal,
-// and products of these take ten times as long.
-HOST_DEVICE float unit_entry(double entry, double unit) {
+// An entry of a unit vector. The smallest, of which there are many, are replaced by 0: they would
+// be subnormal in float32, or have subnormal products, which take ten times as long.
+HOST_DEVICE double unit_entry(double entry, double unit) {
   const double scaled = entry * unit;
-  return std::fabs(scaled) < 1e-20 ? 0.0f : float(scaled);
+  return std::fabs(scaled) < 1e-20 ? 0.0 : scaled;
 }
 
 // Unit eigenvectors of kLanes values, in scratch [n, kStride] of three: the factorisations from the
@@ -319,6 +321,66 @@ HOST_DEVICE void twist(const Tridiagonal& t, double tiny, const double* value, d
       sum += entry * entry;
     }
     squares[l] = sum;
+  }
+}
+
+// Multiplies the kLanes columns of x [d, kLanes] by Q = H_0 H_1 ... H_(d-2) of tridiagonalise, or
+// by its transpose. 2 d² kLanes flops; each reflection reads and writes its part of x once.
+template <int kLanes>
+HOST_DEVICE void apply_reflections(const double* reflections, const double* tau, int d,
+                                   bool transpose, double* x) {
+  constexpr int kRows = 4;  // sums of so many rows are independent of each other
+  for (int step = 0; step < d - 1; ++step) {
+    const int j = transpose ? step : d - 2 - step;
+    if (tau[j] == 0) continue;
+    const double* v = reflections + Index(j) * d;
+    double sums[kRows][kLanes];
+    double* head = x + Index(j + 1) * kLanes;
+    LANES
+    for (int l = 0; l < kLanes; ++l) {
+      sums[0][l] = head[l];
+      sums[1][l] = sums[2][l] = sums[3][l] = 0;
+    }
+    int c = j + 2;
+    for (; c + kRows <= d; c += kRows) {
+      for (int r = 0; r < kRows; ++r) {
+        const double entry = v[c + r];
+        const double* row = x + Index(c + r) * kLanes;
+        LANES
+        for (int l = 0; l < kLanes; ++l) sums[r][l] += entry * row[l];
+      }
+    }
+    for (; c < d; ++c) {
+      LANES
+      for (int l = 0; l < kLanes; ++l) sums[0][l] += v[c] * x[Index(c) * kLanes + l];
+    }
+    double share[kLanes];
+    LANES
+    for (int l = 0; l < kLanes; ++l) {
+      share[l] = tau[j] * ((sums[0][l] + sums[1][l]) + (sums[2][l] + sums[3][l]));
+      head[l] -= share[l];
+    }
+    for (c = j + 2; c < d; ++c) {
+      double* row = x + Index(c) * kLanes;
+      LANES
+      for (int l = 0; l < kLanes; ++l) row[l] -= v[c] * share[l];
+    }
+  }
+}
+
+// Multiplies the columns of x [d, kLanes] by T; y is another array of that size.
+template <int kLanes>
+HOST_DEVICE void multiply_tridiagonal(const Tridiagonal& t, const double* x, double* y) {
+  for (int i = 0; i < t.n; ++i) {
+    const double left = i > 0 ? t.beside[i - 1] : 0;
+    const double right = i + 1 < t.n ? t.beside[i] : 0;
+    const double* row = x + Index(i) * kLanes;
+    const double* above = i > 0 ? row - kLanes : row;
+    const double* below = i + 1 < t.n ? row + kLanes : row;
+    LANES
+    for (int l = 0; l < kLanes; ++l) {
+      y[Index(i) * kLanes + l] = t.diagonal[i] * row[l] + left * above[l] + right * below[l];
+    }
   }
 }
 

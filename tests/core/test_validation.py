@@ -106,7 +106,7 @@ def test_no_function_that_looks_at_numbers_runs_under_vmap():
         (lambda w: project(w, source[0], target[0], rank=3), "project"),
         (lambda w: project(delta[0], w, target[0], rank=3), "project"),
         (lambda w: truncated_svd(w, 3).S, "truncated_svd"),
-        (lambda w: similarity(w, target[0], rank=3).left, "truncated_svd"),
+        (lambda w: similarity(w, target[0], rank=3).left, "similarity"),
         (lambda w: principal_angles(w, target[0]), "principal_angles"),
     ):
         words = rf"{name} cannot run under torch.func.vmap.*stacks.*\[b, m, n\]"

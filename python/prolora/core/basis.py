@@ -18,7 +18,7 @@ from torch import Tensor
 from .arrays import MatrixLike, to_tensor
 from .exceptions import NonFiniteWeights, ShapeMismatch
 from .parallel import map_on_threads
-from .precision import in_full_precision, working_dtype
+from .precision import in_full_precision, is_finite, working_dtype
 from .rank_rule import Rank, read_rank
 from .short_text import format_range, format_shape, format_storage
 from .svd import gram, krylov
@@ -106,7 +106,9 @@ class Basis:
 def stack_bases(bases: list[Basis]) -> Basis:
     """Bases of single matrices [m, n] as the basis of their stack [b, m, n]."""
     alone = (
-        Basis(**{name: getattr(basis, name)[None] for name in FACTORS + FACTS}, solvers=basis.solvers)
+        Basis(
+            **{name: getattr(basis, name)[None] for name in FACTORS + FACTS}, solvers=basis.solvers
+        )
         for basis in bases
     )
     return _join_bases(list(alone), torch.Size((len(bases),)))
@@ -150,17 +152,12 @@ def truncated_svd(W: MatrixLike, rank: Rank, *, tol: float = 1e-3, seed: int = 0
         UnsupportedTensor, UnsupportedDevice: W is sparse, complex, without data, not of floating
             point, inside of torch.func.vmap, or on a device other than cpu and cuda.
     """
-    weight = to_tensor(W, "W")
     rank = read_rank(rank)
     if not tol >= 0:
         raise ValueError(f"tol must be a number of 0 or more, not {tol}")
-    check_operand("W", weight)
-    weight = without_gradient("truncated_svd", "W", weight)
-    if weight.ndim < 2 or 0 in weight.shape[-2:]:
-        raise ShapeMismatch(f"a weight must be [..., m, n] with m, n ≥ 1, not {list(weight.shape)}")
-    weight = weight.flatten(1) if weight.ndim in CONVOLUTION else weight
-    stack = weight.detach().reshape(-1, *weight.shape[-2:])
-    exponents = _scale_exponents(stack)
+    weight = _read_matrix(W, "W")
+    stack = weight.reshape(-1, *weight.shape[-2:])
+    exponents = _scale_exponents(stack, "W")
     few = stack.dtype != torch.float64 and krylov.suits_krylov(rank, min(stack.shape[-2:]))
     chunk = chunk_size(stack.shape[-2:], stack.device, few)
     scales = [exponents[i : i + chunk] for i in range(0, len(stack), chunk)]
@@ -169,7 +166,29 @@ def truncated_svd(W: MatrixLike, rank: Rank, *, tol: float = 1e-3, seed: int = 0
     return _join_bases(parts, weight.shape[:-2])
 
 
-def _scale_exponents(stack: Tensor) -> list[int]:
+def read_weight(W: MatrixLike, name: str) -> Tensor:
+    """Reads a finite weight or a stack of them [..., m, n], without its gradient.
+
+    Raises:
+        ShapeMismatch, NonFiniteWeights, UnsupportedTensor, UnsupportedDevice: as `truncated_svd`.
+    """
+    weight = _read_matrix(W, name)
+    if not is_finite(weight):
+        _scale_exponents(weight.reshape(-1, *weight.shape[-2:]), name)
+    return weight
+
+
+def _read_matrix(W: MatrixLike, name: str) -> Tensor:
+    weight = to_tensor(W, name)
+    check_operand(name, weight)
+    weight = without_gradient("truncated_svd", name, weight)
+    if weight.ndim < 2 or 0 in weight.shape[-2:]:
+        raise ShapeMismatch(f"a weight must be [..., m, n] with m, n ≥ 1, not {list(weight.shape)}")
+    weight = weight.flatten(1) if weight.ndim in CONVOLUTION else weight
+    return weight.detach()
+
+
+def _scale_exponents(stack: Tensor, name: str) -> list[int]:
     """Returns for each matrix the e with its largest entry between 2^(e-1) and 2^e.
 
     0 where that entry is so close to 1 that the matrix needs no scaling.
@@ -181,7 +200,7 @@ def _scale_exponents(stack: Tensor) -> list[int]:
     scale = torch.maximum(values.amax((-2, -1)), -values.amin((-2, -1))).tolist()
     bad = [i for i, largest in enumerate(scale) if not math.isfinite(largest)]  # NaN comes through
     if bad:
-        raise NonFiniteWeights(f"NaN or Inf in weight{'s' if len(bad) > 1 else ''} {bad} of W")
+        raise NonFiniteWeights(f"NaN or Inf in weight{'s' if len(bad) > 1 else ''} {bad} of {name}")
     exponents = (math.frexp(largest)[1] for largest in scale)
     return [e if abs(e) > LARGEST_EXPONENT else 0 for e in exponents]
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .lowrank import LowRank
 from .ops.project_pair import project_pair
+from .projectors import Projector
 
 MethodName = Literal["prolora", "copy"]
 """The methods of the table."""
@@ -78,6 +79,18 @@ class Side:
         split, moved = _SplitRows.apply(source, target, rows)  # type: ignore[no-untyped-call]
         parts = (*split.chunk(2, -2), *moved.chunk(2, -2))
         if several:
+            parts = tuple(part.unflatten(-2, x.shape[-3:-1]) for part in parts)
+        return cls(x, *parts)
+
+    @classmethod
+    def by_projectors(cls, x: Tensor, source: Projector, target: Projector) -> Side:
+        """Splits rows x [b, r, m], or of several updates of each weight [b, l, r, m]."""
+        rows = x.flatten(-3, -2) if x.ndim == 4 else x
+        inside, outside = source.split(rows)
+        both = target.split(torch.cat([inside, outside], 1))
+        r = rows.shape[1]
+        parts: Parts = inside, outside, both[0][:, :r], both[1][:, r:]
+        if x.ndim == 4:
             parts = tuple(part.unflatten(-2, x.shape[-3:-1]) for part in parts)
         return cls(x, *parts)
 

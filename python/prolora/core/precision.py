@@ -69,11 +69,15 @@ def full_precision() -> Iterator[None]:
         yield
 
 
+# Before, `get_default_device` fails after `set_default_device(None)` and overlooks
+# `with torch.device`. A tensor is right in every version, and counted as an operator. The
+# comparison of versions takes longer than the rest.
+_KNOWS_DEFAULT_DEVICE = not torch.__version__ < "2.13"
+
+
 def read_default_device() -> torch.device:
     """Returns the caller's device for new tensors."""
-    # Until 2.7 or later, `get_default_device` fails after `set_default_device(None)` and overlooks
-    # `with torch.device`. A tensor is right in every version, and counted as an operator.
-    if torch.__version__ < "2.13":
+    if not _KNOWS_DEFAULT_DEVICE:
         return torch.empty(0).device
     return torch.get_default_device()
 
@@ -137,6 +141,7 @@ class _ArithmeticPrecision:
         """Forgets all threads that pin it: a forked child has none."""
         self._lock, self._users = threading.Lock(), 0
         self._before: list[str | bool | None] = []
+        self._changed = False
 
     @contextmanager
     def exact(self) -> Iterator[None]:
@@ -144,15 +149,20 @@ class _ArithmeticPrecision:
         with self._lock:
             if not self._users:
                 self._before = [setting.look() for setting in self._settings]
-                for setting, before in zip(self._settings, self._before, strict=True):
-                    setting.put(None if before is None else setting.exact)
+                self._changed = any(
+                    before not in (None, setting.exact)
+                    for setting, before in zip(self._settings, self._before, strict=True)
+                )
+                if self._changed:  # seldom, and reading all of them again takes a while
+                    for setting, before in zip(self._settings, self._before, strict=True):
+                        setting.put(None if before is None else setting.exact)
             self._users += 1
         try:
             yield
         finally:
             with self._lock:
                 self._users -= 1
-                if not self._users:
+                if not self._users and self._changed:
                     self._restore()
 
     def _restore(self) -> None:

@@ -20,9 +20,10 @@ from .arrays import Array, MatrixLike, find_other_array, to_kind_of, to_tensor
 from .basis import CONVOLUTION, Basis, stack_bases, truncated_svd
 from .exceptions import NonFiniteWeights, ShapeMismatch, UnrelatedBases, UnsupportedTensor
 from .lowrank import LowRank
-from .methods import Method, MethodLike, Parts, Side, find_method
+from .methods import METHODS, Method, MethodLike, Parts, Side, find_method
 from .precision import in_full_precision, is_finite, working_dtype
 from .projection_info import Grams, ProjectionInfo, measure_projection
+from .projectors import AnyBasis, Projector, Projectors, find_projectors
 from .rank_rule import Rank, read_rank
 from .similarity import Similarity
 from .validation import check_operand, refuse_vmap, without_gradient
@@ -155,45 +156,74 @@ def project(
         _check_related(*weights)
     if isinstance(update, Tensor) and not (return_info or chosen.needs_bases or chosen.rule):
         return to_kind_of(update.clone(), delta)
-    factors = update if isinstance(update, LowRank) else _identity_factors(update)
-    up, down, info = _move(factors, chosen, weights, rank, return_info)
+    moved, info = _move(update, chosen, weights, rank, return_info)
     result: Any
-    if isinstance(update, LowRank):
-        result = _join_parts(up, down).to(update.dtype)
+    if isinstance(moved, LowRank):
+        result = moved.to(update.dtype)
         if kernel:
             ones = [1] * (len(kernel) - 1)
             result = result.up.unflatten(-1, [-1, *ones]), result.down.unflatten(-1, kernel)
         if foreign is not None:
             result = tuple(to_kind_of(factor, foreign) for factor in result)
     else:
-        dense = _multiply_parts(up, down).to(update.dtype).reshape(update.shape)
-        result = to_kind_of(dense, delta)
+        result = to_kind_of(moved.to(update.dtype).reshape(update.shape), delta)
     return (result, info) if return_info else result
 
 
 def _move(
-    delta: LowRank,
+    update: Tensor | LowRank,
     method: Method,
     weights: tuple[Tensor | Basis, Tensor | Basis],
     rank: Rank,
     measure: bool,
-) -> tuple[Parts, Parts, ProjectionInfo | None]:
-    """Returns the parts of the moved update, with its account if `measure`."""
+) -> tuple[Tensor | LowRank, ProjectionInfo | None]:
+    """Returns the moved update as it came, dense or factors, with its account if `measure`."""
+    flat = update
+    if isinstance(flat, Tensor) and flat.ndim in CONVOLUTION:
+        flat = flat.flatten(1)
     if not (measure or method.needs_bases):
-        moved = apply_rule(method, delta, *weights) if method.rule else delta
-        return (moved.up.mT,), (moved.down,), None
-    source, target = (w if isinstance(w, Basis) else truncated_svd(w, rank) for w in weights)
-    if len(source.shape) != len(target.shape):  # one weight and a stack of them
-        source, target = (
-            basis if len(basis.shape) == 3 else stack_bases([basis] * len(delta.up))
-            for basis in (source, target)
-        )
-    sides = _split_sides(delta, source, target)
+        factors = flat if isinstance(flat, LowRank) else _identity_factors(flat)
+        moved = apply_rule(method, factors, *weights) if method.rule else factors
+        parts = (moved.up.mT,), (moved.down,)
+        return (_join_parts if isinstance(flat, LowRank) else _multiply_parts)(*parts), None
+    source, target = _find_bases(weights, rank, flat.shape, explicit=measure)
+    if method is METHODS["prolora"] and not measure:
+        if isinstance(source, Projectors) and isinstance(target, Projectors):
+            return _move_by_projectors(flat, source, target), None
+    factors = flat if isinstance(flat, LowRank) else _identity_factors(flat)
+    sides = _split_sides(factors, source, target)
     up, down = (method.split(side) for side in sides)
-    if not measure:
-        return up, down, None
-    grams = Grams.of(sides[0], up), Grams.of(sides[1], down)
-    return up, down, measure_projection(sides, grams, (source, target))
+    info = None
+    if measure:
+        grams = Grams.of(sides[0], up), Grams.of(sides[1], down)
+        info = measure_projection(sides, grams, (source, target))
+    if up[0].ndim > len(flat.shape):  # projectors are of stacks, also for one weight
+        up, down = (tuple(part.squeeze(0) for part in parts) for parts in (up, down))
+        info = info.squeeze() if info else None
+    join = _join_parts if isinstance(flat, LowRank) else _multiply_parts
+    return join(up, down), info
+
+
+def _find_bases(
+    weights: tuple[Tensor | Basis, Tensor | Basis], rank: Rank, shape: torch.Size, explicit: bool
+) -> tuple[AnyBasis, AnyBasis]:
+    """Returns both weights as bases or projectors, for an update of shape [m, n] or [b, m, n].
+
+    On a GPU they are bases, on a CPU projectors of stacks. Two bases stay what they are.
+    """
+    b = shape[:-2].numel()
+    given = [w for w in weights if isinstance(w, Basis)]
+    tensors = [w for w in weights if isinstance(w, Tensor)]
+    if len(given) == 2 or any(not w.is_cpu for w in tensors):
+        bases = [w if isinstance(w, Basis) else truncated_svd(w, rank) for w in weights]
+        if len(bases[0].shape) != len(bases[1].shape):  # one weight and a stack of them
+            bases = [x if len(x.shape) == 3 else stack_bases([x] * b) for x in bases]
+        return bases[0], bases[1]
+    found = find_projectors(
+        [w.reshape(-1, *w.shape[-2:]) for w in tensors], rank, explicit=explicit
+    )
+    pair = [Projectors.of_basis(w) if isinstance(w, Basis) else found.pop(0) for w in weights]
+    return pair[0].expand(b), pair[1].expand(b)
 
 
 def apply_rule(method: Method, delta: LowRank, source: Any, target: Any) -> LowRank:
@@ -219,8 +249,8 @@ def apply_rule(method: Method, delta: LowRank, source: Any, target: Any) -> LowR
 @in_full_precision
 def project_factors(
     delta: LowRank,
-    source: Basis,
-    target: Basis,
+    source: AnyBasis,
+    target: AnyBasis,
     method: str | Method,
     similar: Similarity | None = None,
 ) -> Projected:
@@ -239,13 +269,46 @@ def project_factors(
     return Projected(up, down, *grams, info, delta.dtype)
 
 
-def _split_sides(delta: LowRank, source: Basis, target: Basis) -> tuple[Side, Side]:
-    """Splits the rows of both factors by the bases of both weights."""
+def _split_sides(delta: LowRank, source: AnyBasis, target: AnyBasis) -> tuple[Side, Side]:
+    """Splits the rows of both factors by the subspaces of both weights."""
     work = working_dtype(delta.dtype)
     source, target = source.to(work).to(delta.device), target.to(work).to(delta.device)
-    left = Side.of(delta.up.to(work).mT, source.U, target.U)  # rows of m
-    right = Side.of(delta.down.to(work), source.V, target.V)  # rows of n
-    return left, right
+    up, down = delta.up.to(work).mT, delta.down.to(work)  # rows of m, rows of n
+    if isinstance(source, Basis) and isinstance(target, Basis):
+        return Side.of(up, source.U, target.U), Side.of(down, source.V, target.V)
+    assert isinstance(source, Projectors) and isinstance(target, Projectors)
+    if up.ndim == 2:
+        up, down = up[None], down[None]
+    left = Side.by_projectors(up, source.left, target.left)
+    return left, Side.by_projectors(down, source.right, target.right)
+
+
+def _move_by_projectors(
+    update: Tensor | LowRank, source: Projectors, target: Projectors
+) -> Tensor | LowRank:
+    """Moves an update [..., m, n] by eq. 1-3 of the paper; errors are relative to its norm."""
+    if len(update.shape) == 2:
+        stack = update[None] if isinstance(update, Tensor) else LowRank(*(x[None] for x in update))
+        moved = _move_by_projectors(stack, source, target)
+        return moved[0] if isinstance(moved, Tensor) else LowRank(moved.up[0], moved.down[0])
+    work = working_dtype(update.dtype)
+    update, source, target = update.to(work), source.to(work), target.to(work)
+    if isinstance(update, LowRank):
+        up = _move_rows(update.up.mT, source.left, target.left)
+        down = _move_rows(update.down, source.right, target.right)
+        return _join_parts(up, down)
+    within, without = _move_rows(update.mT, source.left, target.left)
+    within, without = within.mT, without.mT
+    within = target.right.inside(source.right.inside(within))
+    without = without - source.right.inside(without)
+    return within + (without - target.right.inside(without))
+
+
+def _move_rows(x: Tensor, source: Projector, target: Projector) -> tuple[Tensor, Tensor]:
+    """Returns rows x [b, r, m] from range to range, and from complement to complement."""
+    inside = source.inside(x)
+    outside = x - inside
+    return target.inside(inside), outside - target.inside(outside)
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .basis import Basis
 from .methods import Parts, Side
+from .projectors import AnyBasis
 from .short_text import format_range
 from .similarity import Similarity, basis_similarity
 
@@ -61,6 +61,12 @@ class ProjectionInfo:
             f"ProjectionInfo(energy kept {energy}, {distance} norms from the copy, bound {bound})"
         )
 
+    def squeeze(self) -> ProjectionInfo:
+        """Removes the first axis of a stack of one."""
+        similar = Similarity(*(x.squeeze(0) for x in self.similarity.__dict__.values()))
+        numbers = {x: y.squeeze(0) for x, y in self.__dict__.items() if isinstance(y, Tensor)}
+        return ProjectionInfo(similarity=similar, **numbers)
+
 
 @dataclass(frozen=True)
 class Grams:
@@ -85,7 +91,7 @@ class Grams:
 def measure_projection(
     sides: tuple[Side, Side],
     grams: tuple[Grams, Grams],
-    bases: tuple[Basis, Basis],
+    bases: tuple[AnyBasis, AnyBasis],
     similar: Similarity | None = None,
 ) -> ProjectionInfo:
     """Measures what was kept and lost, from r×r Gram matrices.

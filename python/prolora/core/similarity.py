@@ -11,13 +11,14 @@ from torch import Tensor
 
 from .angles import column_angles, orthonormal_angles, stacked_angles
 from .arrays import Array, MatrixLike, to_kind_of, to_tensor
-from .basis import Basis, truncated_svd
+from .basis import Basis, read_weight, truncated_svd
 from .exceptions import NonFiniteWeights, ShapeMismatch, SolverFailure
 from .ops.operands import flatten_stack
 from .ops.subspace_overlap import subspace_overlap
 from .parallel import map_on_threads
 from .precision import in_full_precision, is_finite, working_dtype
-from .rank_rule import Rank
+from .projectors import AnyBasis, Projectors, find_projectors
+from .rank_rule import Rank, read_rank
 from .short_text import format_range
 from .svd.solvers import try_solver
 from .svd.stacks import is_on_host
@@ -73,8 +74,8 @@ def _above_chance(phi: Tensor, chance: Tensor) -> Tensor:
 
 
 @in_full_precision
-def basis_similarity(source: Basis, target: Basis) -> Similarity:
-    """Computes `similarity` of two existing bases."""
+def basis_similarity(source: AnyBasis, target: AnyBasis) -> Similarity:
+    """Computes `similarity` of two existing bases, or of two stacks of projectors."""
     if source.shape != target.shape:
         raise ShapeMismatch(
             f"source {list(source.shape)} and target {list(target.shape)} differ: subspaces of "
@@ -83,9 +84,13 @@ def basis_similarity(source: Basis, target: Basis) -> Similarity:
     m, n = source.shape[-2:]
     fewest = torch.minimum(source.rank, target.rank).clamp_min(1).double()
     most = torch.maximum(source.rank, target.rank).double()
-    work = working_dtype(source.U.dtype, target.U.dtype)
-    sides = [[basis.U.to(work), basis.V.to(work)] for basis in (source, target)]
-    left, right = subspace_overlap(*sides)
+    if isinstance(source, Basis) and isinstance(target, Basis):
+        work = working_dtype(source.U.dtype, target.U.dtype)
+        sides = [[basis.U.to(work), basis.V.to(work)] for basis in (source, target)]
+        left, right = subspace_overlap(*sides)
+    else:
+        assert isinstance(source, Projectors) and isinstance(target, Projectors)
+        left, right = source.left.overlap(target.left), source.right.overlap(target.right)
     return Similarity(
         left=left / fewest,
         right=right / fewest,
@@ -94,6 +99,8 @@ def basis_similarity(source: Basis, target: Basis) -> Similarity:
     )
 
 
+@refuse_vmap("similarity")
+@in_full_precision
 def similarity(W_src: MatrixLike | Basis, W_tgt: MatrixLike | Basis, *, rank: Rank) -> Similarity:
     """Measures the subspace similarity Φ of two weights (or stacks), with chance levels.
 
@@ -109,17 +116,21 @@ def similarity(W_src: MatrixLike | Basis, W_tgt: MatrixLike | Basis, *, rank: Ra
         ShapeMismatch: the shapes differ.
         UnsupportedTensor, UnsupportedDevice, NonFiniteWeights, SolverFailure: as `truncated_svd`.
     """
-    source, target = (
-        w if isinstance(w, Basis) else truncated_svd(_check_weight(name, w), rank)
+    rank = read_rank(rank)
+    weights = [
+        w if isinstance(w, Basis) else read_weight(w, name)
         for name, w in (("W_src", W_src), ("W_tgt", W_tgt))
-    )
-    return basis_similarity(source, target)
-
-
-def _check_weight(name: str, weight: MatrixLike) -> Tensor:
-    tensor = to_tensor(weight, name)
-    check_operand(name, tensor)
-    return tensor
+    ]
+    tensors = [w for w in weights if isinstance(w, Tensor)]
+    shapes = {w.shape for w in tensors}
+    if len(tensors) < 2 or len(shapes) > 1 or any(not w.is_cpu for w in tensors):
+        pair = [w if isinstance(w, Basis) else truncated_svd(w, rank) for w in weights]
+        return basis_similarity(*pair)
+    (shape,) = shapes
+    stacks = [w.reshape(-1, *shape[-2:]) for w in tensors]
+    result = basis_similarity(*find_projectors(stacks, rank))
+    fields = {name: value.reshape(shape[:-2]) for name, value in result.__dict__.items()}
+    return Similarity(**fields)
 
 
 @overload

@@ -31,6 +31,20 @@ def lower_gram(w: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
     return gram.reshape(*batch, d, d)
 
 
+def upper_gram(w: Tensor) -> Tensor:
+    """Computes wwᵀ [b, d, d] of w [b, d, n] in its dtype; only its upper triangle means anything.
+
+    Five eighths of the flops of the product fill it.
+    """
+    blocks = _row_blocks(w.shape[1])
+    if len(blocks) == 1:
+        return w @ w.mT
+    gram = w.new_empty(len(w), w.shape[1], w.shape[1])
+    for low, high in blocks:
+        torch.bmm(w[:, low:high], w[:, low:].mT, out=gram[:, low:high, low:])
+    return gram
+
+
 def mirror_lower(lower: Tensor) -> Tensor:
     """Completes the symmetric matrix whose lower part `lower_gram` gave; in place."""
     d = lower.shape[-1]

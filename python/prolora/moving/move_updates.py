@@ -219,7 +219,9 @@ def _project_updates(
     )
     projected = project_factors(LowRank(up, down), source, target, options.chosen, aligned.similar)
     info, recompressed = projected.info, projected.recompressed()
-    solvers = ["+".join(sorted(set(both))) for both in zip(source.solvers, target.solvers, strict=True)]
+    solvers = [
+        "+".join(sorted(set(both))) for both in zip(source.solvers, target.solvers, strict=True)
+    ]
     measured = Measures.of(info, solvers, aligned.angles_left, aligned.angles_right)
     numbers = info.energy, info.norm_ratio, info.copy_distance
     lists = (x.flatten().tolist() for x in numbers)

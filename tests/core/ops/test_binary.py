@@ -19,7 +19,7 @@ from prolora.core.ops import (
     small_svd,
     subspace_overlap,
 )
-from prolora.core.svd import partial
+from prolora.core.svd.smaller_side import find_side
 
 _C = native.EXTENSION.kernels
 if _C is None:
@@ -153,8 +153,9 @@ def test_python_gives_every_op_the_fields_of_its_struct_in_their_order(monkeypat
     monkeypatch.setattr(native, "run_kernel", note)
     for op in probe.CASES:
         probe.run_op(op, "cpu")
-    assert partial.Reduced.of(torch.eye(3)[None]).rows(torch.ones(1, 1).double()) is not None
-    partial.Reduced.of(torch.eye(3)[None]).values(2)
+    w = torch.eye(3, dtype=torch.float64)[None]
+    assert find_side(w, 2, leading=True).count == [2]
+    assert find_side(w, 2).number == [1]
     for op, struct in listed.items():
         body = re.search(rf"struct {struct} {{(.*?)\n}};", text, re.S)[1]
         lines = [line.partition("//")[0] for line in body.splitlines()]

@@ -246,7 +246,7 @@ REFUSED_INSIDE = [
     ("small_singular_values", [0] * 3 + [1, 2**24, 128], False, False, "entries"),
     ("tridiagonalise", [0] * 5 + [1, 20000], False, False, "1 to 16384 columns"),
     ("tridiagonal_values", [0] * 6, False, False, "not in this precision"),
-    ("tridiagonal_vectors", [0] * 7, False, False, "not in this precision"),
+    ("tridiagonal_vectors", [0] * 9, False, False, "not in this precision"),
     ("precise_product", [0] * 12, True, False, "not in this precision"),
 ]
 

@@ -116,7 +116,7 @@ def test_nothing_is_written_beyond_its_place():
         memory.check()
     exact = torch.linalg.eigvalsh(a.double()).flip(1)[:, :21]
     torch.testing.assert_close(values, exact, rtol=0, atol=1e-4)
-    torch.testing.assert_close(vectors @ vectors.mT, torch.eye(21).expand(2, -1, -1))
+    torch.testing.assert_close(vectors @ vectors.mT, torch.eye(21).double().expand(2, -1, -1))
 
 
 def test_the_largest_size_is_the_extensions_own():

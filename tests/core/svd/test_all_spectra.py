@@ -11,16 +11,17 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
 from diagonal import keep_some
-from spectra import clusters, lapack, planted, power_law, sine, weights
+from reference import project_dense
+from spectra import clusters, lapack, planted, power_law, randn, sine, weights
 from torch import Tensor
 
 import prolora
-from prolora import project, similarity, truncated_svd
+from prolora import LowRank, project, similarity, truncated_svd
 from prolora.errors import ShapeMismatch
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -125,10 +126,10 @@ def make_weight(spectrum: str, d: int, shape: str, dtype: torch.dtype) -> Tensor
     return planted(m, n, SPECTRA[spectrum](d), seed=d)[0].to(dtype)
 
 
-def spread_cases() -> list:
+def spread_cases(sizes: Sequence[int]) -> list:
     """Lists (spectrum, d, shape, dtype): a diagonal of the product by day, all of it at night."""
     cases = []
-    for d in (2, 5, 40, 400):
+    for d in sizes:
         for i, spectrum in enumerate(SPECTRA):
             for j, shape in enumerate(SHAPES):
                 for k, dtype in enumerate(DTYPES):
@@ -139,7 +140,7 @@ def spread_cases() -> list:
     return cases
 
 
-@pytest.mark.parametrize(("spectrum", "d", "shape", "dtype"), spread_cases())
+@pytest.mark.parametrize(("spectrum", "d", "shape", "dtype"), spread_cases((2, 5, 40, 400)))
 def test_bound_is_never_below_the_true_sine(spectrum, d, shape, dtype, table):
     check(make_weight(spectrum, d, shape, dtype), list_ranks(d), table)
 
@@ -164,6 +165,33 @@ def test_bound_is_never_below_the_true_sine_on_large_weights(spectrum, d, dtype,
 @pytest.mark.parametrize("spectrum", ["i^-0.5", "i^-1.5", "exp(-i/20)", "one outlier", "stairs"])
 def test_bound_is_never_below_the_true_sine_at_3072(spectrum, table):
     check(make_weight(spectrum, 3072, "square", torch.float32), [307, 0.9, 0.99], table)
+
+
+@pytest.mark.parametrize(("spectrum", "d", "shape", "dtype"), spread_cases((2, 5, 40, 200)))
+def test_project_matches_a_dense_computation_in_float64(spectrum, d, shape, dtype):
+    source = make_weight(spectrum, d, shape, dtype)
+    target = (source.float() + 1e-3 * source.float().norm() / d * randn(*source.shape, seed=1)).to(
+        dtype
+    )
+    delta = randn(*source.shape, dtype=torch.float32, seed=2)
+    factors = randn(len(source), 2, dtype=torch.float32), randn(2, source.shape[1], seed=3).float()
+    for rank in (*ENERGY_RANKS, max(1, d // 3), max(1, d - 1), d):
+        _, info = project(factors, source, target, rank=rank, return_info=True)
+        columns = int(info.rank_source), int(info.rank_target)
+        for w, k in zip((source, target), columns, strict=True):
+            fewest, most = expected_columns(lapack(w)[1], rank)
+            assert k <= most and (not info.ok or isinstance(rank, int) or k >= fewest)
+        if not info.ok:
+            continue
+        # Four projectors, each off by the bound at most, and rounding of float32.
+        allowed = 4 * float(info.bound) + 2e-6
+        for update in (delta, LowRank(*factors)):
+            moved = project(update, source, target, rank=rank)
+            dense, found = (x.dense() if isinstance(x, LowRank) else x for x in (update, moved))
+            exact = project_dense(
+                dense.double(), source.double(), target.double(), *columns, "prolora"
+            )
+            assert float((found.double() - exact).norm()) <= allowed * float(dense.norm())
 
 
 @pytest.mark.parametrize("spectrum", STEEP)

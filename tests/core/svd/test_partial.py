@@ -1,4 +1,4 @@
-"""Leading eigenvectors alone in the solver gram-f32: the same subspaces, and when it does not pay."""
+"""Leading eigenvectors only, in the solver gram-f32: the same subspaces, and when it pays."""
 
 import pytest
 import torch

@@ -31,7 +31,7 @@ def outlier(d, times=300.0):
     return values
 
 
-# Name: (m, n, singular values, columns). d = 400 is the float32 Gram solver, d = 800 the Krylov one.
+# Name: (m, n, singular values, columns). d = 400 is the solver gram-f32, d = 800 the solver krylov.
 SMALL, LARGE = 400, 800
 ZOO = {
     "i^-0.5": (SMALL, SMALL, power_law(SMALL, 0.5), 150),

@@ -13,7 +13,7 @@ import importlib
 import logging
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
@@ -28,7 +28,7 @@ from .trial import describe_card, list_choices
 
 logger = logging.getLogger(__name__)
 
-INTERFACE = "7c4ab67ef7ba"
+INTERFACE = "9fb773e242c2"
 """The first digits of the SHA-256 of csrc/ops.h that this Python side was written for."""
 
 # How far a kernel's result may be from torch's, relative to its norm, in float64 and float32.
@@ -253,22 +253,23 @@ def run_kernel(
     op: str,
     cuda: bool,
     float64: bool,
-    tensors: dict[str, Tensor],
+    tensors: Mapping[str, Tensor | None],
     sizes: dict[str, int],
 ) -> None:
     """Runs an op of `kernels` (the extension, or the emulator in tests).
 
     The tensors are contiguous, on one device, and with the sizes behind them the fields of the op's
     struct in csrc/ops.h, in their order. `cuda` says whether to run the kernel: the tensors' device
-    differs from it in the emulator.
+    differs from it in the emulator. None is a null pointer.
 
     Raises:
         KernelFailure: it did not run; PROLORA_NATIVE=OFF leaves the work to torch.
     """
-    like = next(iter(tensors.values()))
+    like = next(x for x in tensors.values() if x is not None)
     stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0
     with on_device(like):
-        numbers = [*(x.data_ptr() for x in tensors.values()), *sizes.values()]
+        addresses = [0 if x is None else x.data_ptr() for x in tensors.values()]
+        numbers = [*addresses, *sizes.values()]
         try:
             kernels.run(op, numbers, float64, cuda, stream)
         except RuntimeError as error:

@@ -62,22 +62,55 @@ def tridiagonal_values(diagonal: Tensor, beside: Tensor, count: int) -> Tensor:
     return values
 
 
-def tridiagonal_vectors(diagonal: Tensor, beside: Tensor, values: Tensor) -> Tensor:
-    """Computes unit eigenvectors of tridiagonal matrices for some of their eigenvalues.
+def tridiagonal_vectors(
+    diagonal: Tensor,
+    beside: Tensor,
+    values: Tensor,
+    reflections: Tensor | None = None,
+    scales: Tensor | None = None,
+) -> Tensor:
+    """Computes unit eigenvectors for some eigenvalues of T, or of A = Q T Qᵀ.
 
-    Vectors of values that agree to 1e-12 of the largest may be far from orthogonal.
+    Vectors of eigenvalues that agree to 1e-12 of the largest may be far from orthogonal.
 
-    diagonal, beside: [b, d], as of `tridiagonalise`; values: [b, count], the largest ones. Returns
-    rows [b, count, d], float32. Raises as `tridiagonal_values`.
+    Args:
+        diagonal: [b, d], as of `tridiagonalise`.
+        beside: [b, d], likewise.
+        values: [b, count], eigenvalues in any order.
+        reflections: [b, d, d] float64, as of `tridiagonalise`: the vectors are those of A. None:
+            those of T.
+        scales: [b, d], likewise.
+
+    Returns:
+        Rows [b, count, d], float64. Raises as `tridiagonal_values`.
     """
-    vectors = diagonal.new_empty(*values.shape, diagonal.shape[-1], dtype=torch.float32)
-    further = {"values": values.contiguous(), "vectors": vectors}
-    _run("tridiagonal_vectors", diagonal, beside, further)
+    vectors = diagonal.new_empty(*values.shape, diagonal.shape[-1])
+    further = {"values": values.contiguous(), "reflections": reflections, "tau": scales}
+    _run("tridiagonal_vectors", diagonal, beside, further | {"vectors": vectors})
     return vectors
 
 
-def _run(op: str, diagonal: Tensor, beside: Tensor, further: dict[str, Tensor]) -> None:
-    d, count = diagonal.shape[-1], further["values"].shape[1]
+def multiply_reduced(
+    reflections: Tensor, scales: Tensor, diagonal: Tensor, beside: Tensor, x: Tensor
+) -> Tensor:
+    """Multiplies rows x [count, d] by Q T Qᵀ of each reduction: [b, count, d], float64.
+
+    The difference from products with the reduced matrix is the error of the reduction.
+    """
+    b, d = diagonal.shape
+    products = diagonal.new_empty(b, *x.shape)
+    tensors = {"reflections": reflections, "tau": scales, "diagonal": diagonal, "beside": beside}
+    tensors |= {"x": x.contiguous(), "products": products}
+    sizes = {"batch": b, "d": d, "count": len(x)}
+    kernels = native.require_extension()
+    native.run_kernel(kernels, "multiply_reduced", False, True, tensors, sizes)
+    return products
+
+
+def _run(op: str, diagonal: Tensor, beside: Tensor, further: dict[str, Tensor | None]) -> None:
+    values = further["values"]
+    assert values is not None
+    d, count = diagonal.shape[-1], values.shape[1]
     if diagonal.dtype != torch.float64 or beside.dtype != torch.float64:
         raise TypeError("tridiagonal: the diagonal and beside must be float64")
     if diagonal.ndim != 2 or beside.shape != diagonal.shape or d < 1 or not 0 <= count <= d:
