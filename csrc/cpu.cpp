@@ -298,10 +298,11 @@ void cut_side_cpu(const CutSideArgs<double>& args) {
 #pragma omp for schedule(dynamic)
     for (Index b = 0; b < args.batch; ++b) {
       try {
-        const CutFacts facts = find_cut_side(
-            reduce_one, args.w + b * args.d * args.n, args.gram + b * args.d * args.d, args.d,
-            args.n, args.share[0], args.rank, scratch, args.shorts + b * args.rows * args.d,
-            args.longs + b * args.rows * args.n);
+        const CutFacts facts =
+            find_cut_side(reduce_one, args.w + b * args.d * args.n, args.gram + b * args.d * args.d,
+                          args.d, args.n, args.share[0], args.rank, args.leading != 0, scratch,
+                          args.shorts + b * args.rows * args.d, args.longs + b * args.rows * args.n,
+                          args.s + b * args.rows);
         std::memcpy(args.facts + b * kCutFacts, &facts, sizeof(facts));
       } catch (const std::bad_alloc&) {  // must not leave the parallel region
 #pragma omp critical

@@ -18,6 +18,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <limits>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "serial_products.h"
@@ -194,8 +197,8 @@ inline std::pair<int, bool> count_kept(Values& values, int d, double share, doub
 
 template <class Reduce>
 CutFacts find_cut_side(const Reduce& reduce, const double* w, const double* gram, Index d, Index n,
-                       double share, Index rank, CutScratch& scratch, double* short_rows,
-                       double* long_rows) {
+                       double share, Index rank, bool always_leading, CutScratch& scratch,
+                       double* short_rows, double* long_rows, double* s) {
   const int size = int(d);
   scratch.a.assign(gram, gram + d * d);
   scratch.tau.resize(d);
@@ -240,12 +243,16 @@ CutFacts find_cut_side(const Reduce& reduce, const double* w, const double* gram
   } else if (kept == size) {
     certain = facts.smallest > facts.error;
   }
-  const bool leading = 2 * kept <= size;
+  const bool leading = always_leading || 2 * kept <= size;
   const int count = leading ? kept : size - kept;
   facts.leading = leading;
   facts.number = count;
   facts.count = kept;
-  facts.following = count == 0 ? 0 : leading ? values[kept] : values[kept - 1];
+  if (leading && kept == size) {
+    facts.following = -std::numeric_limits<double>::infinity();  // nothing lies beyond
+  } else {
+    facts.following = count == 0 ? 0 : values[leading ? kept : kept - 1];
+  }
 
   const std::size_t groups = std::size_t((count + kGroup - 1) / kGroup);
   scratch.shorts.resize(groups * d * kGroup);
@@ -288,13 +295,15 @@ CutFacts find_cut_side(const Reduce& reduce, const double* w, const double* gram
       angle = apart > 0 ? angle : 1.0;
       angle += 2.0 * double(d) * kEps * std::sqrt(facts.energy) / length[l];
       square += angle * angle;
+      s[first + l] = length[l];
       for (Index i = 0; i < d; ++i) short_rows[(first + l) * d + i] = x[i * kGroup + l];
       for (Index i = 0; i < n; ++i) long_rows[(first + l) * n + i] = z[i * kGroup + l];
     }
   }
-  facts.bound = std::sqrt(square) + kEps32 * std::sqrt(double(count)) +
-                std::sqrt(square_skew(scratch.shorts, d, count)) +
-                std::sqrt(square_skew(scratch.longs, n, count));
+  const double skew = std::sqrt(square_skew(scratch.shorts, d, count)) +
+                      std::sqrt(square_skew(scratch.longs, n, count));
+  facts.bound = std::sqrt(square) + kEps32 * std::sqrt(double(count)) + skew;
+  if (!(skew <= double(n) * kEps32)) certain = false;  // as of LAPACK in float32
   if (!certain || !(facts.bound < 1)) facts.bound = 1;
   return facts;
 }

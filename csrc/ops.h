@@ -190,8 +190,10 @@ struct CutSideArgs {
   const T* share;  // [1], of the trace that the kept columns hold, if rank is 0
   T* shorts;       // [batch, rows, d], unit rows; those behind a matrix's number are not written
   T* longs;        // [batch, rows, n]
+  T* s;            // [batch, rows], singular values of the rows
   T* facts;        // [batch, kCutFacts]
-  Index batch, d, n, rows, rank;  // rows = d / 2 at least
+  Index batch, d, n, rows, rank;  // rows: d, or d / 2 if the smaller side is wanted
+  Index leading;                  // 1: the leading side, whichever is smaller
 };
 
 template <class T>

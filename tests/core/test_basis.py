@@ -121,9 +121,7 @@ def test_the_seed_decides_the_bits_and_the_same_call_gives_the_same():
     one, again, other = (truncated_svd(weight, 32, seed=seed) for seed in (0, 0, 1))
     assert one.solver == "krylov" and not torch.equal(one.U, other.U)
     assert all(torch.equal(getattr(one, x), getattr(again, x)) for x in ("U", "S", "V", "bound"))
-    strict = truncated_svd(
-        weight[:40, :50], 8, tol=0.5 * float(truncated_svd(weight[:40, :50], 8).bound)
-    )
+    strict = truncated_svd(weight[:40, :50], 8, tol=1e-9)  # float32 factors are not as exact
     assert not strict.ok and strict.bound <= 1e-3
 
 

@@ -101,7 +101,6 @@ def test_subspaces_are_those_of_the_cpu_each_on_its_own_rung(device, case):
     check_equal_subspaces(found, wanted)
     if not case.startswith("mixed"):
         return
-    assert device != "cpu" or found.solvers == wanted.solvers
     for i, one in enumerate(weight if len(weight[0]) < 768 else weight[:1]):
         bound = float(found.bound[i])
         assert bound >= 1 or true_error(lapack(one), found.to("cpu")[i]) <= bound

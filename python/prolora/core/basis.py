@@ -22,7 +22,9 @@ from .precision import in_full_precision, is_finite, working_dtype
 from .rank_rule import Rank, read_rank
 from .short_text import format_range, format_shape, format_storage
 from .svd import gram, krylov
-from .svd.dense import dense_triplets, whole_triplets
+from .svd.dense import dense_triplets
+from .svd.few_columns import energy_triplets
+from .svd.smaller_side import leading_triplets, solves_sides
 from .svd.solvers import try_solver
 from .svd.stacks import chunk_size, is_on_host, take_places
 from .svd.triplets import Triplets, merge_triplets
@@ -123,10 +125,11 @@ def truncated_svd(W: MatrixLike, rank: Rank, *, tol: float = 1e-3, seed: int = 0
 
     - "krylov": few columns of a large matrix (k ≤ d/8, d ≥ 768), by a block Krylov iteration of
       adaptive depth;
-    - "gram-f32": eigenvectors of the Gram matrix of the short side in float32, whose rounding a
-      step with float64 residuals takes out (d ≥ 384);
+    - "tridiagonal": one reduction of the Gram matrix of the short side to a tridiagonal one, in
+      float64, then only the eigenvectors that are needed; on a CPU with the compiled extension;
+    - "gram-f32": all eigenvectors of the Gram matrix in float32, whose rounding a step with float64
+      residuals takes out; on a GPU (d ≥ 384);
     - "gram-f64": the same in float64 throughout;
-    - "svd-f32": LAPACK's SVD, where every column is asked for;
     - "svd-f64": LAPACK's SVD, for spectra that a Gram matrix cannot resolve (σ_k/σ_1 < 1e-5).
 
     What one solver cannot prove to `tol`, the next one computes. The bound rests on residuals and
@@ -252,6 +255,9 @@ def _descend_ladder(
     parts: list[tuple[list[int], Triplets]] = []
     if w.dtype == torch.float32 and krylov.suits_krylov(rank, w.shape[1]):
         parts = try_solver(partial(krylov.krylov_triplets, w, norm, rank, tol, seed, stored)) or []
+    elif w.dtype == torch.float32 and isinstance(rank, float) and is_on_host(w) and len(w) == 1:
+        few = try_solver(partial(energy_triplets, w, norm, rank, tol, seed))
+        parts = [([0], few)] if few is not None else []
     missing = _list_missing(parts, range(len(w)))
     together = chunk_size(w.shape[-2:], w.device)
     for i in range(0, max(1, len(missing)), together):
@@ -268,10 +274,11 @@ def _descend_dense(
     parts: list[tuple[list[int], Triplets]] = []
     some, its_norm = _take_both(w, norm, places)
     refined = None
-    if w.dtype == torch.float32 and len(some) and gram.suits_gram(w.shape[-2], rank):
-        refined = try_solver(partial(gram.gram_triplets, some, its_norm, rank))
-    elif w.dtype == torch.float32 and len(some) and is_on_host(w) and rank >= w.shape[-2]:
-        refined = whole_triplets(some, its_norm)
+    if w.dtype == torch.float32 and solves_sides(some):
+        refined = try_solver(partial(leading_triplets, some, rank))
+    elif w.dtype == torch.float32 and len(some) and not is_on_host(w):
+        if gram.suits_gram(w.shape[-2], rank):
+            refined = try_solver(partial(gram.gram_triplets, some, its_norm, rank))
     if refined is not None:
         parts = _select_proven(refined, tol)
     rows = _list_missing(parts, range(len(places)))

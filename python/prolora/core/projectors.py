@@ -21,8 +21,11 @@ from .parallel import map_on_threads
 from .precision import EPS
 from .rank_rule import Rank
 from .svd import krylov
+from .svd.few_columns import energy_triplets
 from .svd.smaller_side import CutSide, find_side, solves_sides
+from .svd.solvers import try_solver
 from .svd.stacks import chunk_size, take_places
+from .svd.triplets import Triplets
 
 # A bound on the sine up to which the smaller side is used. It is reached by all but degenerate
 # spectra; a tenth of `truncated_svd`'s tolerance, because tiny weights with a tiny gap would
@@ -171,6 +174,15 @@ class Projectors:
         left, right = (Projector(rows, leading, rank) for rows in sides)
         return cls(left, right, rank, basis.bound.flatten(), basis.ok.flatten(), basis.solvers)
 
+    @classmethod
+    def of_triplets(cls, triplets: Triplets, wide: bool) -> Projectors:
+        """The projectors of leading triplets of weights, or of tall ones transposed."""
+        leading = torch.ones_like(triplets.count, dtype=torch.bool)
+        sides = [Projector(x.mT, leading, triplets.count) for x in (triplets.short, triplets.long)]
+        left, right = sides if wide else sides[::-1]
+        ok = triplets.angle <= TOLERANCE
+        return cls(left, right, triplets.count, triplets.angle, ok, triplets.solvers)
+
     def to(self, where: torch.dtype | torch.device | str) -> Projectors:
         """Casts the rows to a dtype, or moves every tensor to a device."""
         if isinstance(where, torch.dtype):
@@ -273,6 +285,12 @@ def _solve_chunk(stack: Tensor, rank: Rank, explicit: bool) -> Projectors:
     """Computes the projectors of a chunk [b, m, n]; those not proven by `truncated_svd`."""
     m, n = stack.shape[1:]
     wide = n >= m
+    if len(stack) == 1 and isinstance(rank, float):
+        single = stack.float() if wide else stack.float().mT
+        norm = torch.linalg.vector_norm(single, dim=(1, 2), dtype=torch.float64)
+        few = try_solver(partial(energy_triplets, single, norm, rank, TOLERANCE, 0))
+        if few is not None:
+            return Projectors.of_triplets(few, wide)
     w = stack.double() if wide else stack.double().mT
     side = find_side(w, rank, leading=explicit and m != n)
     bound, space = side.bound, None

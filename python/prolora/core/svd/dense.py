@@ -1,4 +1,4 @@
-"""Singular triplets by dense factorisation: all in float32, or leading ones in float64."""
+"""Leading singular triplets by dense factorisation in float64."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from ..exceptions import SolverFailure
 from ..precision import EPS
 from ..rank_rule import Rank, count_columns
 from ..symmetric import lower_gram
-from .factors import sample_residual
 from .products import multiply_narrow
 from .solvers import SKEW_64, estimate_skew, full_svd, measured_eigh
-from .triplets import Evidence, Triplets, mark_failed, residual_and_angle, rounding_error
+from .triplets import Evidence, Triplets, residual_and_angle, rounding_error
 
 # Below this σ_k/σ_1 the eigenvalues of the Gram matrix lose σ_k to rounding (√(d·eps) ≈ 1e-6).
 GRAM_RANGE = 1e-5
@@ -31,26 +30,6 @@ class Spectrum:
     # than the one that it gave instead.
     missing: Tensor
     right: dict[int, Tensor]  # the right vectors [n, d] of those matrices that went through an SVD
-
-
-def whole_triplets(w: Tensor, norm: Tensor) -> Triplets:
-    """Computes every triplet of w [b, d, n] by LAPACK's SVD in float32.
-
-    The short side is the whole space. The long side is that of w but for what the residuals hold
-    beside it. The angle is 1 where some values are too small to tell from zero.
-    """
-    parts = [full_svd(one) for one in w]
-    if any(part is None for part in parts):
-        return mark_failed(dense_triplets(w.double(), norm, w.shape[1]), norm < 0)
-    short, s, long = (torch.stack(x) for x in zip(*(p for p in parts if p), strict=True))
-    residual, outside = sample_residual(w, short.mT, s.double(), long.mT)
-    skew = torch.maximum(estimate_skew(short), estimate_skew(long))
-    angle = skew if w.shape[1] == w.shape[2] else skew + outside
-    count = torch.full((len(w),), w.shape[1])
-    nothing = torch.zeros_like(norm)
-    solvers = ("svd-f32",) * len(w)
-    triplets = Triplets(short, long, s.double(), count, nothing, residual, angle, solvers)
-    return mark_failed(triplets, s[:, -1] > GRAM_RANGE * s[:, 0])
 
 
 def dense_triplets(w: Tensor, norm: Tensor, rank: Rank) -> Triplets:

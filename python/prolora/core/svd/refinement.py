@@ -53,7 +53,6 @@ class Ritz:
     # [b, q, d], float64, the first of `near` where they are far above all others, and so is
     # rounding along them.
     head: Tensor | None = None
-    dense: bool = False  # whether all are eigenvectors up to rounding, span the space or not
 
 
 def refine_triplets(
@@ -111,7 +110,7 @@ def _measure_pairs(gram: AnyGram, ritz: Ritz, cut: Cut) -> Pairs:
         start = head.shape[1]
         x = torch.cat([head, x[:, start:] - (x[:, start:] @ head.mT) @ head], 1)
     # A dense solver keeps many: the gaps next to its window are as small as float32's rounding.
-    rough = 0 if ritz.beyond is None or ritz.dense else cut.first
+    rough = 0 if ritz.beyond is None else cut.first
     if rough > start:
         middle = gram.multiply_f32(x[:, start:rough].float()).double()
         y = gram(torch.cat([x[:, :start], x[:, rough:]], 1))

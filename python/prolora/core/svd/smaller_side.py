@@ -46,13 +46,15 @@ from ..precision import EPS, EPS32
 from ..rank_rule import Rank
 from ..symmetric import upper_gram
 from .solvers import random_probes
+from .stacks import is_on_host
+from .triplets import Triplets
 
 # Random vectors for a measurement: one group of lanes of the op. Three times the root mean square
 # of what they see is below the Frobenius norm with a chance of 5e-6, if one vector alone is wrong.
 PROBES = 16
 CAUTION = 3 / math.sqrt(PROBES)
 # Up to so many rows the op multiplies by Q itself; LAPACK's blocked ormqr is faster beyond.
-OWN_PRODUCT_ROWS = 320
+OWN_PRODUCT_ROWS = 256
 # Up to so many rows a native op does everything: the time of small operations counts there.
 ONE_CALL_ROWS = 160
 # The eigenvalues of T are exact to this share of the sum of all of them.
@@ -76,10 +78,12 @@ class Reduction:
     def of(cls, w: Tensor, gram: Tensor) -> Reduction:
         """Reduces gram = wwᵀ [b, d, d], of which the upper triangle is read."""
         energy = gram.diagonal(dim1=-2, dim2=-1).sum(-1).numpy()
-        parts = tridiagonalise(gram)
+        reflections, scales, diagonal, beside = tridiagonalise(gram)
         probes = random_probes(w.shape[1], PROBES, torch.float64, w.device).mT.contiguous()
-        missed = torch.baddbmm(multiply_reduced(*parts, probes), probes @ w, w.mT, beta=-1)
-        return cls(*parts, energy, _estimate_norm(missed) + BISECTION * energy)
+        implied = multiply_reduced(reflections, scales, diagonal, beside, probes)
+        missed = torch.baddbmm(implied, probes @ w, w.mT, beta=-1)
+        error = _estimate_norm(missed) + BISECTION * energy
+        return cls(reflections, scales, diagonal, beside, energy, error)
 
     def largest(self, count: int) -> Numbers:
         """Returns the largest eigenvalues [b, count], descending."""
@@ -117,8 +121,7 @@ class CutSide:
         smallest: [b], the smallest eigenvalue of wwᵀ.
         energy: [b], ‖w‖_F².
         error: [b], as of `Reduction`.
-        s: [b, c], the singular values of the rows, from the outer end towards the cut; None if the
-            op computed them.
+        s: [b, c], the singular values of the rows, from the outer end towards the cut.
     """
 
     short: Tensor
@@ -132,12 +135,12 @@ class CutSide:
     smallest: Numbers
     energy: Numbers
     error: Numbers
-    s: Numbers | None = None
+    s: Numbers
 
 
 def solves_sides(w: Tensor) -> bool:
     """Returns whether the extension can reduce the Gram matrices of w [b, d, n], d ≤ n."""
-    fits = w.device.type == "cpu" and len(w) > 0 and w.shape[1] <= MAX_COLUMNS
+    fits = is_on_host(w) and len(w) > 0 and min(w.shape[1:]) <= MAX_COLUMNS
     return fits and native.EXTENSION.kernels is not None
 
 
@@ -153,8 +156,8 @@ def find_side(w: Tensor, rank: Rank, *, leading: bool = False) -> CutSide:
         leading: always the columns that are kept.
     """
     d = w.shape[1]
-    if d <= ONE_CALL_ROWS and w.shape[2] <= 4 * ONE_CALL_ROWS and not leading:
-        return _find_small_side(w, rank)
+    if d <= ONE_CALL_ROWS and w.shape[2] <= 4 * ONE_CALL_ROWS:
+        return _find_small_side(w, rank, leading)
     gram = upper_gram(w)
     reduction = Reduction.of(w, gram)
     count, small, certain = _count_kept(reduction, rank)
@@ -183,51 +186,101 @@ def find_side(w: Tensor, rank: Rank, *, leading: bool = False) -> CutSide:
         angle = np.where(unused, 0.0, angle)
         s = np.where(unused, 0.0, s)
     bound = np.sqrt((angle * angle).sum(1)) + EPS32 * math.sqrt(c)
-    bound += measure_skew(rows, unused) + measure_skew(long, unused)
+    skew = measure_skew(rows, unused) + measure_skew(long, unused)
+    bound += np.where(skew <= w.shape[2] * EPS32, skew, 1.0)  # as of LAPACK in float32
     bound = np.where(certain & np.isfinite(bound), np.minimum(bound, 1.0), 1.0)
-    facts = following, bound, small[:, 0], energy, error
-    return CutSide(rows, long, gram, kept, number, count, *facts, s)
+    return CutSide(
+        short=rows,
+        long=long,
+        gram=gram,
+        leading=kept,
+        number=number,
+        count=count,
+        following=following,
+        bound=bound,
+        smallest=small[:, 0],
+        energy=energy,
+        error=error,
+        s=s,
+    )
 
 
-def _find_small_side(w: Tensor, rank: Rank) -> CutSide:
+def _find_small_side(w: Tensor, rank: Rank, leading: bool) -> CutSide:
     """Computes the smaller side of small weights by the op, one core a matrix."""
     gram = w @ w.mT
-    shorts, longs, facts = cut_side(w, gram, rank)
+    shorts, longs, values, facts = cut_side(w, gram, rank, leading)
     named = dict(zip(FACTS, facts.numpy().T, strict=True))
     number, count = (named.pop(x).astype(np.int64) for x in ("number", "count"))
     kept = named.pop("leading") > 0
     c = int(number.max())
-    short, long = shorts[:, :c], longs[:, :c]
+    short, long, s = shorts[:, :c], longs[:, :c], values[:, :c].numpy()
     if number.min() < c:
         unused = torch.from_numpy(np.arange(c) >= number[:, None])[..., None]
         short, long = short.masked_fill(unused, 0), long.masked_fill(unused, 0)
-    return CutSide(short, long, gram, kept, number, count, **named)
+        s = np.where(unused[..., 0].numpy(), 0.0, s)
+    return CutSide(short, long, gram, kept, number, count, **named, s=s)
+
+
+def leading_triplets(w: Tensor, rank: Rank) -> Triplets:
+    """Computes leading triplets of w [b, d, n], float32, d ≤ n; angle 1 if not proven."""
+    precise = w.double()
+    side = find_side(precise, rank, leading=True)
+    # Values that are equal up to rounding may be in the other order.
+    s = torch.from_numpy(np.minimum.accumulate(side.s, 1))
+    short, long = side.short.float(), side.long.float()
+    following = torch.from_numpy(np.sqrt(np.maximum(side.following, 0)))
+    return Triplets(
+        short=short.mT,
+        long=long.mT,
+        s=s,
+        count=torch.from_numpy(side.count),
+        following=following,
+        residual=torch.from_numpy(_measure_factors(precise, short, s, long)),
+        angle=torch.from_numpy(side.bound),
+        solvers=("tridiagonal",) * len(w),
+    )
+
+
+def _measure_factors(w: Tensor, short: Tensor, s: Tensor, long: Tensor) -> Numbers:
+    """Estimates the larger of ‖wV − UΣ‖_F and ‖wᵀU − VΣ‖_F [b] from above, as they are stored."""
+    probes = random_probes(s.shape[1], PROBES, torch.float64, w.device).mT
+    scaled = probes * s[:, None]
+    u, v = short.double(), long.double()
+    left = torch.baddbmm(scaled @ u, probes @ v, w.mT, beta=-1)
+    right = torch.baddbmm(scaled @ v, probes @ u, w, beta=-1)
+    larger: Numbers = np.maximum(_estimate_norm(left), _estimate_norm(right))
+    return larger
 
 
 def _count_kept(reduction: Reduction, rank: Rank) -> tuple[Numbers, Numbers, Numbers]:
     """Counts the columns to keep.
 
-    Returns the counts [b], the smaller half of the eigenvalues [b, d // 2 + 1], ascending, and
-    whether each count is certain: bool [b].
+    Returns the counts [b], the smallest eigenvalues, ascending: one more than are left out if these
+    are the smaller side, and whether each count is certain: bool [b].
     """
     d = reduction.diagonal.shape[1]
-    half = min(d, d // 2 + 1)
-    small = reduction.smallest(half)
     energy, error = reduction.energy, reduction.error
     positive: Numbers = energy > 0
     if not isinstance(rank, float):
+        small = reduction.smallest(d - rank + 1 if rank < d < 2 * rank else 1)
         # A weight without full rank has fewer columns than asked for: another solver counts them.
         certain = small[:, 0] > error if rank >= d else positive
         return np.full(len(small), min(rank, d)), small, certain
-    sums, wanted = np.cumsum(np.maximum(small, 0), 1), (1 - rank) * energy
-    left_out = (sums <= wanted[:, None]).sum(1)
-    certain = np.all(np.abs(sums - wanted[:, None]) > (half * error)[:, None], 1)
-    larger = left_out == half  # the cut is among the other half
-    if not larger.any():
-        return d - left_out, small, certain & positive
-    sums, wanted = np.cumsum(np.maximum(reduction.largest(half), 0), 1), rank * energy
-    number = np.minimum((sums < wanted[:, None]).sum(1) + 1, d)
-    sure = np.all(np.abs(sums - wanted[:, None]) > (half * error)[:, None], 1)
+    half = min(d, d // 2 + 1)
+    margin = (half * error)[:, None]  # of a sum
+    wanted = ((1 - rank) * energy)[:, None]
+    for size in (min(half, d // 8 + 1), half):  # often few are left out
+        small = reduction.smallest(size)
+        sums = np.cumsum(np.maximum(small, 0), 1)
+        left_out = (sums <= wanted).sum(1)
+        certain = np.all(np.abs(sums - wanted) > margin, 1)
+        larger = left_out == size  # the cut is further on
+        if not larger.any():
+            return d - left_out, small, certain & positive
+    wanted = (rank * energy)[:, None]
+    sums = np.cumsum(np.maximum(reduction.largest(half), 0), 1)
+    number = np.minimum((sums < wanted).sum(1) + 1, d)
+    sure = np.all(np.abs(sums - wanted) > margin, 1)
     count = np.where(larger, number, d - left_out)
     return count, small, np.where(larger, sure, certain) & positive
 

@@ -7,27 +7,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Tuning:
-    """Sizes and shares from which on a solver or solver is faster.
+    """Sizes and shares from which on a solver is faster.
 
     bench/svd_table.py chose the constants for a CPU, one at a time, and bench/gpu_model.py those
     for a GPU, not a card. A wrong one costs time: a bound holds for any.
     """
 
-    # Rungs by a Gram matrix: below so many rows the eigensolver in float64 costs no more than the
+    # The solver gram-f32: below so many rows the eigensolver in float64 costs no more than the
     # repair of float32.
     gram_rows: int = 384
-    # Over d²: a first eigenvalue above so many times the mean one behind the head is beyond
-    # float32, because gaps fall with the square of the columns.
-    gram_head: float = 1e9
-    # Beyond this share of the columns those left out are refined rather than those kept.
-    complement_share: float = 0.6
-    # Up to this share of the columns the eigensolver finds the leading vectors alone; and so many
-    # further ones, for the step towards those dropped.
-    partial_share: float = 0.3
-    further: float = 1.25
-    further_rows: int = 128
-    # How often the columns that hold an energy are counted anew.
-    recounts: int = 2
     # How many vectors on each side of the cut are repaired in float64: an eighth of those kept,
     # between these limits, and more where the values lie close together: so many, or one for so
     # many rows.
@@ -59,7 +47,7 @@ class Tuning:
     # From this look at convergence on, the distance to the next one doubles.
     early_looks: int = 3
     # The refinement improves on the estimate of the iteration about this much.
-    refinement_gain: int = 40
+    refinement_gain: int = 12
     # A matrix of so many bytes stays in a CPU's cache between products.
     cached_bytes: int = 16 << 20
     # A product with a narrow block takes this much longer a flop than one with a whole matrix.
