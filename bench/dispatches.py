@@ -1,7 +1,7 @@
 """Counts what truncated_svd asks of a GPU, on the CPU: `python bench/dispatches.py OUT LABEL`.
 
 Dispatches, host synchronisations, flops and bytes of each stage, on generated weights. The chunks
-are those of a GPU, and so are the solvers. OUT is a JSON file, in which the counts stand under LABEL;
+are those of a GPU, and so are the solvers. OUT is a JSON file that keeps the counts under LABEL;
 those under other labels stay.
 
 What the CPU cannot count: the kernels that LAPACK's counterparts launch, and the copies between

@@ -53,3 +53,22 @@ def test_table_and_figure_of_the_performance_page_show_the_stored_rows(monkeypat
     figure = svd_table.FIGURE.read_text("utf-8")
     drawn = re.search(r"<dc:description>(.*?)</dc:description>", figure)
     assert json.loads(html.unescape(drawn[1])) == svd_table.list_points(rows)
+
+
+def test_small_batches_compares_equal_results():
+    import small_batches
+
+    for name, ours, baseline in small_batches.list_cases(64):
+        if name.startswith("project"):
+            found, exact = ours(), baseline()
+            if isinstance(exact, tuple):
+                found, exact = found.dense(), exact[0] @ exact[1]
+            assert float((found - exact).norm()) <= 1e-3 * float(exact.norm()), name
+
+
+def test_small_batches_fails_at_15_percent_on_the_same_machine_only():
+    import small_batches
+
+    kept = small_batches.describe_machine() | {"ratios": {"a": 0.5, "b": 0.5}}
+    assert small_batches.find_slower({"a": 0.6, "b": 0.55}, kept) == ["a: 0.60, kept 0.50"]
+    assert not small_batches.find_slower({"a": 0.6}, kept | {"processor": "another"})

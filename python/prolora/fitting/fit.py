@@ -38,6 +38,7 @@ from .fit_plan import (
 from .fit_report import FitReport, plan_fit
 from .gate import COPY, fits_target
 from .kept_parts import KeptParts, watch_pipelines
+from .models import suited_threads
 from .pictures import STEPS, read_pictures, train_on_pictures
 from .pipelines.memory_bounds import watch_memory
 from .pipelines.pipeline import run_text_encoders_beside
@@ -256,7 +257,10 @@ def _run_models(
     words = read_trigger_words(job.adapter.metadata)
     settings = replace(options, prompts=options.prompts or derive_prompts(words))
     settings = replace(settings, precision=card.precision) if card else settings
-    with open_both(job, lora, settings) as models:
+    with (
+        open_both(job, lora, settings) as models,
+        suited_threads(model.denoiser for model in models),
+    ):
         grid = ImageGrid.of(models, settings, job.shares_latents, bool(lora.carried))
         beside = partial(run_text_encoders_beside, models[0], lora.text)
         grid.draw_source(lora.denoiser, beside)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..core.lowrank import LowRank
+from ..core.parallel import limit_threads
 from ..errors import NonFiniteWeights, ProLoRAError
 from .settings import BFLOAT16, FLOAT32, Precision
 from .updates import weight_of
@@ -116,6 +117,17 @@ def in_float32(model: nn.Module) -> AbstractContextManager[None]:
 
 LARGEST = 1e15
 """Of all weights: what larger ones make has squares and sums beyond float32."""
+
+
+def suited_threads(models: Iterable[nn.Module]) -> AbstractContextManager[None]:
+    """Runs small models on one thread: see `limit_threads`.
+
+    Large ones keep torch's number of threads, and so do models on a GPU.
+    """
+    weights = [p for model in models for p in model.parameters() if p.ndim > 1]
+    if any(weight.device.type != "cpu" for weight in weights):
+        return nullcontext()
+    return limit_threads(max((weight.numel() for weight in weights), default=0))
 
 
 def check_models(source: nn.Module, target: nn.Module, updates: Mapping[str, LowRank]) -> None:

@@ -160,3 +160,9 @@ def test_python_gives_every_op_the_fields_of_its_struct_in_their_order(monkeypat
         lines = [line.partition("//")[0] for line in body.splitlines()]
         names = [re.findall(r"(\w+)\s*[,;]", line) for line in lines]
         assert given[op] == [name for some in names for name in some], op
+
+
+def test_csrc_readme_has_a_row_for_every_op():
+    listed = re.findall(r"OP\((\w+), ", OPS_H.read_text())
+    rows = re.findall(r"^\| `(\w+)` \|", (OPS_H.parent / "README.md").read_text(), re.M)
+    assert sorted(rows) == sorted(listed)
