@@ -11,7 +11,8 @@ from spectra import basis_of, randn, related, weights
 
 from prolora import principal_angles, project, similarity, truncated_svd
 from prolora.core import angles
-from prolora.core.similarity import ANGLE_SHARES, angle_quantiles
+from prolora.core.projectors import find_projectors
+from prolora.core.similarity import ANGLE_SHARES, angle_quantiles, basis_similarity
 from prolora.core.svd import stacks
 from prolora.errors import NonFiniteWeights, ShapeMismatch
 
@@ -216,3 +217,18 @@ def test_calls_and_waits_do_not_grow_with_the_stack(k, batched):
     for calls, most in zip(counts[1], (3, 1), strict=True):
         assert calls["nonzero"] + calls["_local_scalar_dense"] <= most
         assert calls.total() < 600
+
+
+@pytest.mark.parametrize(("rank_source", "rank_target"), [(0.99, 0.99), (0.5, 0.99), (0.99, 0.4)])
+@pytest.mark.parametrize("shape", [(48, 48), (40, 64)])
+def test_projectors_have_the_angles_and_overlap_of_bases(shape, rank_source, rank_target):
+    source = torch.stack([weights(*shape, seed) for seed in range(2)])
+    target = torch.stack([related(w, 0.2, 7) for w in source])
+    bases = truncated_svd(source, rank_source), truncated_svd(target, rank_target)
+    pair = find_projectors([source], rank_source)[0], find_projectors([target], rank_target)[0]
+    assert not bases[0].rank.equal(bases[1].rank) or rank_source == rank_target
+    for one, other in zip(angle_quantiles(*pair), angle_quantiles(*bases), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=2e-3)
+    found, wanted = basis_similarity(*pair), basis_similarity(*bases)
+    for name in ("left", "right", "chance_left", "chance_right"):
+        torch.testing.assert_close(getattr(found, name), getattr(wanted, name), rtol=0, atol=1e-5)

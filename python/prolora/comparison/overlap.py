@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..bases.cache.tables import JsonTable
-from ..core.basis import Basis
+from ..core.projectors import AnyBasis
 from ..core.similarity import ANGLE_SHARES, Similarity, angle_quantiles, basis_similarity
 
 # The start of a pair's note; another word where it holds other numbers.
@@ -41,7 +41,7 @@ class Alignment:
 
 
 def align_bases(
-    names: Sequence[tuple[str | None, ...]], source: Basis, target: Basis, notes: JsonTable
+    names: Sequence[tuple[str | None, ...]], source: AnyBasis, target: AnyBasis, notes: JsonTable
 ) -> Alignment:
     """Returns the alignment of a stack of pairs; computes only what notes lack.
 
@@ -58,7 +58,7 @@ def align_bases(
                 notes.put(key, row)
             recalled[i] = row
     rows = [row for row in recalled if row is not None]
-    columns = torch.tensor(rows, dtype=torch.float64, device=source.U.device)[:, :OVERLAPS]
+    columns = torch.tensor(rows, dtype=torch.float64, device=source.rank.device)[:, :OVERLAPS]
     return Alignment(
         Similarity(*columns.unbind(1)),
         [tuple(row[OVERLAPS : OVERLAPS + ANGLES]) for row in rows],
@@ -66,7 +66,7 @@ def align_bases(
     )
 
 
-def _compute_rows(source: Basis, target: Basis) -> list[list[float]]:
+def _compute_rows(source: AnyBasis, target: AnyBasis) -> list[list[float]]:
     """Computes each pair's numbers: the overlaps, then the angles left and right."""
     similar = torch.stack(
         [x.double() for x in _similarity_columns(basis_similarity(source, target))], 1

@@ -198,6 +198,13 @@ class Projectors:
         left, right = self.left.take(places), self.right.take(places)
         return Projectors(left, right, **facts, solvers=tuple(self.solvers[i] for i in places))
 
+    def __getitem__(self, i: int) -> Projectors:
+        """Returns the stack of one matrix, without its unused rows."""
+        one = self.narrow(i, 1)
+        c = int(one.left.number)
+        left, right = (replace(x, rows=x.rows[:, :c]) for x in (one.left, one.right))
+        return replace(one, left=left, right=right)
+
     def narrow(self, start: int, length: int) -> Projectors:
         """Returns a view of `length` neighbours in the stack."""
         if length == len(self.rank):

@@ -17,7 +17,7 @@ from .ops.operands import flatten_stack
 from .ops.subspace_overlap import subspace_overlap
 from .parallel import map_on_threads
 from .precision import in_full_precision, is_finite, working_dtype
-from .projectors import AnyBasis, Projectors, find_projectors
+from .projectors import AnyBasis, Projector, Projectors, find_projectors
 from .rank_rule import Rank, read_rank
 from .short_text import format_range
 from .svd.solvers import try_solver
@@ -186,7 +186,7 @@ def principal_angles(X: Any, Y: Any) -> Any:
 
 @in_full_precision
 def angle_quantiles(
-    source: Basis, target: Basis, shares: Sequence[float] = ANGLE_SHARES
+    source: AnyBasis, target: AnyBasis, shares: Sequence[float] = ANGLE_SHARES
 ) -> tuple[Tensor, Tensor]:
     """Returns quantiles of the principal angles between two stacks of bases.
 
@@ -195,13 +195,16 @@ def angle_quantiles(
     next to a right angle.
 
     Args:
-        source: bases of a stack of matrices [b, m, n].
-        target: bases of a stack of the same shape.
+        source: bases or projectors of a stack of matrices [b, m, n].
+        target: those of a stack of the same shape.
         shares: between 0 (the smallest angle) and 1 (the largest).
 
     Returns:
         Radians left and right, float64, [b, len(shares)] each; NaN where a basis has no column.
     """
+    if isinstance(source, Projectors) and isinstance(target, Projectors):
+        return _projector_quantiles(source, target, torch.tensor(shares, dtype=torch.float64))
+    assert isinstance(source, Basis) and isinstance(target, Basis)
     work = working_dtype(source.U.dtype, target.U.dtype)
     wanted = torch.tensor(shares, dtype=torch.float64, device=source.U.device)
     count = torch.minimum(source.rank, target.rank)
@@ -233,3 +236,52 @@ def _quantiles_in_turn(
     left, right = torch.stack(quantiles).chunk(2)
     empty = (torch.minimum(source.rank, target.rank)[places] < 1)[:, None]
     return left.masked_fill(empty, torch.nan), right.masked_fill(empty, torch.nan)
+
+
+def _projector_quantiles(
+    source: Projectors, target: Projectors, wanted: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Computes `angle_quantiles` of projectors, one pair after the other."""
+    pairs = [
+        (getattr(source, side)[i : i + 1], getattr(target, side)[i : i + 1])
+        for side in ("left", "right")
+        for i in range(len(source.rank))
+    ]
+
+    def quantiles(pair: tuple[Projector, Projector]) -> Tensor:
+        angles = projector_angles(pair[0], pair[1])
+        return angles.quantile(wanted) if len(angles) else torch.full_like(wanted, torch.nan)
+
+    left, right = torch.stack(map_on_threads(quantiles, pairs)).chunk(2)
+    return left, right
+
+
+def projector_angles(source: Projector, target: Projector) -> Tensor:
+    """Returns the principal angles between the ranges of two stacks of one, ascending.
+
+    Two complements have the same angles as their subspaces, except for zeros (Knyazev & Argentati
+    2006, theorem 2.7). Between a subspace and the complement of another one the sines come from
+    the products of their rows.
+    """
+    if bool(target.leading) and not bool(source.leading):
+        source, target = target, source
+    m = source.rows.shape[-1]
+    rows = [x.rows[0, : int(x.number)] for x in (source, target)]
+    ranks = [
+        len(x) if bool(y.leading) else m - len(x)
+        for x, y in zip(rows, (source, target), strict=True)
+    ]
+    q = min(ranks)
+    if not q:
+        return torch.zeros(0, dtype=torch.float64)
+    if bool(source.leading) and not bool(target.leading):
+        sines = torch.linalg.svdvals((rows[1] @ rows[0].mT).double()).flip(0).clamp(0, 1)
+        angles = sines.asin()  # of the source's ranks[0] directions, without zeros
+        angles = torch.nn.functional.pad(angles, (max(0, ranks[0] - len(angles)), 0))
+        return angles[:q]  # a larger source has directions at right angles to all of the target
+    if min(len(x) for x in rows) == 0:
+        return torch.zeros(q, dtype=torch.float64)
+    angles = orthonormal_angles(rows[0].mT, rows[1].mT)
+    if len(angles) >= q:
+        return angles[len(angles) - q :]
+    return torch.nn.functional.pad(angles, (q - len(angles), 0))

@@ -20,12 +20,12 @@ from ..comparison.module_map import Match
 from ..comparison.overlap import Alignment, align_bases
 from ..comparison.renumbered_blocks import recognise_blocks
 from ..core.affinity import Affinity
-from ..core.basis import Basis
 from ..core.lowrank import LowRank
 from ..core.merging import subtract_updates
 from ..core.methods import Method
 from ..core.precision import working_dtype
 from ..core.projection import apply_rule, project_factors
+from ..core.projectors import AnyBasis
 from ..core.verdict import AUTO, STRANGE_COSINE, STRANGER, PairVerdict, judge_pairs
 from ..errors import UnrelatedBases
 from ..reports.module_report import Measures
@@ -146,8 +146,9 @@ def move_updates(
         size = room.stack(matrix_shape(shape), "bases")
         stacks += [alike[i : i + size] for i in range(0, len(alike), size)]
     modules = [([pair.source for pair in s], [pair.target for pair in s]) for s in stacks]
+    on_cpu = torch.device(ledger.options.device or "cpu").type == "cpu"
     requests = (
-        partial(cache.look_up, base, names, rank)
+        partial(cache.look_up, base, names, rank, on_cpu)
         for both in modules
         for base, names in zip((source, target), both, strict=True)
     )
@@ -205,7 +206,7 @@ def _group_equal_ranks(ledger: Ledger, stack: list[Pair], columns: int) -> Itera
 
 
 def _project_updates(
-    ledger: Ledger, pairs: list[Pair], source: Basis, target: Basis, aligned: Alignment
+    ledger: Ledger, pairs: list[Pair], source: AnyBasis, target: AnyBasis, aligned: Alignment
 ) -> None:
     """Projects updates of one rank; skips pairs whose weights overlap less than the threshold.
 

@@ -25,9 +25,10 @@ import torch
 from torch import Tensor
 
 from ...architectures.modules import matrix_shape
-from ...core.basis import Basis, stack_bases, truncated_svd
+from ...core.basis import Basis, read_weight, stack_bases, truncated_svd
 from ...core.ops.native import fingerprint
 from ...core.ops.trial import keep_choices
+from ...core.projectors import AnyBasis, Projectors, find_projectors, join_projectors
 from ...core.rank_rule import Rank
 from ...core.validation import DeviceLike
 from ...errors import OutputError, UnsupportedFormat, output_error
@@ -40,7 +41,7 @@ from .tables import JsonTable
 
 CACHE_VARIABLE = "PROLORA_CACHE"
 # Part of what a basis is made of: raise it when an algorithm's results change, or its file.
-VERSION = 7
+VERSION = 8
 # A use of a basis counts for so long (s), before the file's time is set again.
 TOUCH_INTERVAL = 86_400
 
@@ -60,9 +61,9 @@ def default_folder() -> Path:
     return (cache if cache.is_absolute() else Path.home() / ".cache") / "prolora"
 
 
-Request: TypeAlias = tuple[list[Basis | None], list[str | None]]
+Request: TypeAlias = tuple[list[AnyBasis | None], list[str | None], bool]
 """The basis of each weight of a stack, None if it must be computed, and its name, None if it is not
-kept."""
+kept; whether projectors are wanted."""
 
 
 class BasisCache:
@@ -92,52 +93,60 @@ class BasisCache:
         self, base: Base, modules: Sequence[str], rank: Rank, device: DeviceLike = None
     ) -> Basis:
         """Returns the bases of weights of one matrix shape, stacked [b, m, n]."""
-        return next(self.prefetch([partial(self.look_up, base, modules, rank)], rank, device))
+        request = partial(self.look_up, base, modules, rank)
+        basis = next(self.prefetch([request], rank, device))
+        assert isinstance(basis, Basis)
+        return basis
 
     def prefetch(
         self,
         requests: Iterable[Reader[Request]],
         rank: Rank,
         device: DeviceLike = None,
-    ) -> Iterator[Basis]:
-        """Yields the bases of several stacks; a GPU reads ahead while it factorises."""
+    ) -> Iterator[AnyBasis]:
+        """Yields what several requests ask for; a GPU reads ahead while it factorises."""
         place = torch.device(device or "cpu")
         return work_in_turn(requests, partial(self._answer, rank, place), place)
 
     def look_up(
-        self, base: Base, modules: Sequence[str], rank: Rank
+        self, base: Base, modules: Sequence[str], rank: Rank, projectors: bool = False
     ) -> tuple[Request, list[Tensor]]:
         """Looks bases up in the folder, and reads the weights without one.
 
-        All modules have one matrix shape.
+        All modules have one matrix shape. `projectors`: whether these are wanted, which take less
+        time and room than bases; on a CPU only.
         """
         shape = matrix_shape(base.shapes[modules[0]])
         # What is not known by its digest is read for it, once.
         unknown = [module for module in modules if self.place(base, module) is None]
         tensors = {module: base.read(module) for module in unknown}
         names = self.names(base, modules, rank)
+        if projectors:
+            names = [name and f"{name}p" for name in names]
         # In turn: threads that open files, each a moment, wait for each other's Python.
         stored = [self._read(name, shape) if self.folder else None for name in names]
         missing = [one for one, basis in zip(modules, stored, strict=True) if basis is None]
         read = (tensors[one] if one in tensors else base.read(one) for one in missing)
         stack = [tensor.reshape(shape) for tensor in read]
-        return (stored, names), [stack_weights(stack)] if stack else []
+        return (stored, names, projectors), [stack_weights(stack)] if stack else []
 
     def _answer(
         self, rank: Rank, device: torch.device, request: Request, weights: list[Tensor]
-    ) -> Basis:
+    ) -> AnyBasis:
         """Returns the stack of the bases; computes and keeps missing ones."""
+        bases, names, projectors = request
         if self.folder is None:
-            return truncated_svd(weights[0], rank)
-        bases, names = request
+            return _compute(weights[0], rank, projectors)
         missing = [i for i, basis in enumerate(bases) if basis is None]
         if missing:
-            computed = truncated_svd(weights[0], rank).to("cpu")
+            computed = _compute(weights[0], rank, projectors).to("cpu")
             for position, i in enumerate(missing):
                 bases[i] = basis = computed[position]
                 if (name := names[i]) is not None:
                     self._try(partial(self._write, basis, name))
-        return stack_bases([basis for basis in bases if basis is not None]).to(device)
+        if projectors:
+            return join_projectors([x for x in bases if isinstance(x, Projectors)])
+        return stack_bases([x for x in bases if isinstance(x, Basis)]).to(device)
 
     def place(self, base: Base, module: str, *, learn: bool = False) -> str | None:
         """Returns a weight's name by its content; None where that is not known.
@@ -195,14 +204,14 @@ class BasisCache:
         assert self.folder is not None
         return self.folder / "bases" / f"{name}.safetensors"
 
-    def _read(self, name: str | None, shape: tuple[int, int]) -> Basis | None:
+    def _read(self, name: str | None, shape: tuple[int, int]) -> AnyBasis | None:
         """Reads the basis of that name; None if missing or damaged."""
         if name is None:
             return None
         path = self._path(name)
         try:
             basis, stored_name = basis_file.read_basis(path)
-            if stored_name != name or (len(basis.U), len(basis.V)) != shape:
+            if stored_name != name or tuple(basis.shape[-2:]) != shape:
                 raise UnsupportedFormat("it is of another weight")
             if time.time() - path.stat().st_mtime > TOUCH_INTERVAL:
                 os.utime(path)
@@ -213,7 +222,7 @@ class BasisCache:
             return None
         return basis
 
-    def _write(self, basis: Basis, name: str) -> None:
+    def _write(self, basis: AnyBasis, name: str) -> None:
         path = self._path(name)
         basis_file.write_basis(path, basis, name)
         self.kept += path.stat().st_size
@@ -227,6 +236,12 @@ class BasisCache:
         except (OutputError, OSError) as error:
             self._failed = True
             log.warning("%s: bases are not kept: %s", self.folder, error)
+
+
+def _compute(weights: Tensor, rank: Rank, projectors: bool) -> AnyBasis:
+    if not projectors:
+        return truncated_svd(weights, rank)
+    return find_projectors([read_weight(weights, "W")], rank)[0]
 
 
 CacheLike = str | os.PathLike[str] | BasisCache | None
