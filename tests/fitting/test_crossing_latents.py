@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 from prolora import FitOptions, check, fit, open_base
 from prolora.bases import vae
 from prolora.cli.app import app
+from prolora.core import parallel
 from prolora.errors import UnsupportedFormat
 from prolora.fitting import Asking, gate
 from prolora.fitting.models import in_float32
@@ -289,6 +290,27 @@ def test_progress_counts_no_sampling_that_observes(room):
     with pytest.raises(KeyboardInterrupt):
         cross_to(room, room / "sd, another VAE", progress=stop)
     assert steps[1:] == ["opening both pipelines", "sampling sd"]
+
+
+@pytest.mark.parametrize("fewest", [parallel.PARALLEL_ENTRIES, 1])
+def test_a_fit_of_small_models_runs_on_one_thread(room, monkeypatch, fewest):
+    """A second thread would spin most of the time; models with larger matrices keep all threads."""
+    monkeypatch.setattr(parallel, "PARALLEL_ENTRIES", fewest)
+    before, seen = torch.get_num_threads(), dict[str, int]()
+
+    def note(done: int, total: int, name: str) -> None:
+        seen[name.split(",")[0]] = torch.get_num_threads()
+        if "sampling" in name:
+            raise KeyboardInterrupt
+
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            cross_to(room, room / "sd, another VAE", progress=note)
+        assert seen["sampling sd"] == (2 if fewest == 1 else 1)
+        assert torch.get_num_threads() == 2  # also after an error
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_dry_run_reads_names_alone(room, tmp_path, unopened):
