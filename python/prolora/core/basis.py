@@ -23,6 +23,7 @@ from .rank_rule import Rank, read_rank
 from .short_text import format_range, format_shape, format_storage
 from .svd import gram, krylov
 from .svd.dense import dense_triplets
+from .svd.factors import sample_residual
 from .svd.few_columns import energy_triplets
 from .svd.smaller_side import leading_triplets, solves_sides
 from .svd.solvers import try_solver
@@ -227,9 +228,15 @@ def _chunk_basis(stack: Tensor, exponents: list[int], rank: Rank, tol: float, se
     last = basis.s.gather(-1, (basis.count - 1).clamp_min(0)[:, None]).squeeze(-1)
     bound = basis.angle
     short, long = basis.short.to(dtype), basis.long.to(dtype)
+    residual = basis.residual
     for exact, stored in ((basis.short, short), (basis.long, long)):
         if exact.dtype != dtype:
             bound = bound + torch.linalg.matrix_norm(exact - stored.double())
+    if basis.short.dtype != dtype:  # the rounding of the factors counts in the residual, too
+        rows = short.double().mT, long.double().mT
+        residual = torch.maximum(
+            residual, sample_residual(w.double(), rows[0], basis.s, rows[1])[0]
+        )
     values = torch.ldexp(basis.s, power) if scaled else basis.s
     return Basis(
         U=short if wide else long,
@@ -237,7 +244,7 @@ def _chunk_basis(stack: Tensor, exponents: list[int], rank: Rank, tol: float, se
         S=values.to(dtype),
         rank=basis.count,
         energy=(basis.s.square().sum(-1) / safe_norm.square()).clamp_max(1),
-        residual=basis.residual / safe_norm,
+        residual=residual / safe_norm,
         gap=torch.where(last > 0, (last - basis.following) / last.clamp_min(1e-300), 1.0),
         bound=bound.clamp_max(1),
         ok=bound <= tol,
