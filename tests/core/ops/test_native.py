@@ -10,7 +10,7 @@ import torch
 from fresh import run_fresh, try_fresh
 
 import prolora
-from prolora.core.ops import native
+from prolora.core.ops import native, probe  # noqa: F401, which registers all ops
 from prolora.core.ops.native import Choice, kernels_fit
 
 COMPILED = "75-real 80 90-real 100-real 120"
@@ -120,7 +120,7 @@ LOGS = """
 import logging, sys
 logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
 import torch
-from prolora.core.ops import native
+from prolora.core.ops import native, probe  # noqa: F401, which registers all ops
 from prolora.core.ops.small_svd import small_svd
 small_svd(torch.ones(3, 4, 2)), small_svd(torch.ones(3, 4, 2).double())
 print(native.EXTENSION.kernels)
@@ -132,8 +132,9 @@ def test_everything_works_without_the_file_of_the_extension(tmp_path):
     package = Path(prolora.__file__).parent
     shutil.copytree(package, tmp_path / "prolora", ignore=shutil.ignore_patterns("*.so", "*.pyd"))
     code = """
+sys.meta_path = [x for x in sys.meta_path if "Redirecting" not in type(x).__name__]  # editable
 import torch, prolora
-from prolora.core.ops import native
+from prolora.core.ops import native, probe  # noqa: F401, which registers all ops
 assert native.EXTENSION.why == "prolora was installed without it", native.EXTENSION.why
 source, target = torch.randn(2, 64, 48, generator=torch.Generator().manual_seed(0))
 moved = prolora.project((torch.randn(64, 4), torch.randn(4, 48)), source, target, rank=16)
