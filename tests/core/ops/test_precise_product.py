@@ -175,3 +175,11 @@ def test_a_thousand_random_cases_are_what_float64_gives(monkeypatch, nan_memory,
         except AssertionError as error:
             error.add_note(f"case {case}")
             raise
+
+
+def test_no_matrices_have_no_products():
+    extension = load("cpu", "_C")
+    x, y = torch.zeros(0, 3, 5), torch.zeros(0, 4, 5)
+    for other, cols in ((None, 3), (y, 4)):
+        product, error = module.run_precise_product(extension, x, other, False)
+        assert product.shape == (0, 3, cols) and error.shape == (0,)

@@ -55,7 +55,9 @@ def run_precise_product(
     native.run_kernel(kernels, "precise_product", cuda, False, tensors, sizes)
     of_x = torch.linalg.vector_norm(scales[: b * rows].view(b, rows) * SCALE, dim=1)
     of_y = (
-        of_x if y is x else torch.linalg.vector_norm(scales[b * rows :].view(b, -1) * SCALE, dim=1)
+        of_x
+        if y is x
+        else torch.linalg.vector_norm(scales[b * rows :].view(b, y.shape[1]) * SCALE, dim=1)
     )
     return product, of_x * of_y * (depth * TERM_ERROR)
 
