@@ -29,6 +29,7 @@ from gpu.steps import Bench, Step
 
 import prolora
 from prolora.core.ops import krylov_block, native, precise_product
+from prolora.core.svd import stacks
 
 ROOT = Path(__file__).parents[1]
 MACHINE = {"card": "a card", "date": "2026-01-01", "commit": "abc", "sources": "123"}
@@ -329,7 +330,8 @@ def test_products_waits_and_passes_are_counted_by_stage():
     assert tally.dispatches == 2
 
 
-def test_the_calls_of_a_truncated_svd_belong_to_stages_of_it():
+def test_the_calls_of_a_truncated_svd_belong_to_stages_of_it(monkeypatch):
+    monkeypatch.setattr(stacks, "FORCE_BATCHED", True)  # as on a GPU
     weights = torch.randn(2, 24, 24)
     with counting(stage_of) as tally:
         prolora.truncated_svd(weights, 4)

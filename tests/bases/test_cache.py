@@ -62,7 +62,8 @@ def same(found, wanted):
 
 
 def no_svd(monkeypatch):
-    monkeypatch.setattr(cache_module, "truncated_svd", lambda *a, **k: pytest.fail("an SVD ran"))
+    for name in ("truncated_svd", "find_projectors"):
+        monkeypatch.setattr(cache_module, name, lambda *a, **k: pytest.fail("an SVD ran"))
 
 
 def files_of(folder):
@@ -147,6 +148,7 @@ def many():
 @forks
 def test_processes_that_fill_one_folder_at_once_agree(tmp_path, many, monkeypatch):
     wanted = compute(tmp_path / "alone", many)
+    write_stack(tmp_path, many)  # or one process could read what the other has half written
     running = [start_fork(lambda: same(compute(tmp_path, many), wanted)) for _ in range(2)]
     assert [os.waitpid(process, 0)[1] for process in running] == [0, 0]
     no_svd(monkeypatch)

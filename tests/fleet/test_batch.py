@@ -194,9 +194,12 @@ def test_a_result_of_bases_in_memory_is_not_known_again_since_they_may_be_others
 
 def test_many_loras_without_a_cache_do_not_factorise_again(folder, monkeypatch, aged):
     loras, source, target, moved = folder
-    real, calls = cache_module.truncated_svd, []
-    monkeypatch.setattr(
-        cache_module, "truncated_svd", lambda w, *a, **k: calls.append(len(w)) or real(w, *a, **k)
-    )
+    real, calls = cache_module.find_projectors, []
+
+    def count(stacks, *rest):
+        calls.extend(len(stack) for stack in stacks)
+        return real(stacks, *rest)
+
+    monkeypatch.setattr(cache_module, "find_projectors", count)
     outcomes = prolora.transfer_many(loras, source, target, moved, method="prolora")
     assert [outcome.status for outcome in outcomes] == ["moved"] * 3 and sum(calls) == 16

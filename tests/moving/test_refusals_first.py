@@ -96,7 +96,8 @@ def read_tree(folder):
 def unsolved(monkeypatch):
     """An SVD ends the test."""
     module = import_module("prolora.bases.cache.basis_cache")
-    monkeypatch.setattr(module, "truncated_svd", lambda *a, **k: pytest.fail("an SVD ran"))
+    for name in ("truncated_svd", "find_projectors"):
+        monkeypatch.setattr(module, name, lambda *a, **k: pytest.fail("an SVD ran"))
 
 
 @pytest.mark.parametrize("which, spoil, error, named", BAD.values(), ids=BAD)
