@@ -173,7 +173,9 @@ def main(arguments: list[str] | None = None) -> int:
         facts = {"date": str(date.today()), "commit": commit, "command": "--save"}
         kept = describe_machine() | facts | {"ratios": {x: round(y, 3) for x, y in rows.items()}}
         KEPT.write_text(json.dumps(kept, indent=1) + "\n")
-    if options.check:
+    if options.check and not KEPT.is_file():
+        print(f"no ratios are kept in {KEPT.name}: run with --save")
+    elif options.check:
         slower = find_slower(rows, json.loads(KEPT.read_text()))
         print(*slower, sep="\n")
         return bool(slower)
