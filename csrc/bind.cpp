@@ -67,13 +67,21 @@ void start(const Request& request, OnCpu<Args> on_cpu, OnCuda<Args> on_cuda) {
   Args args;
   std::memcpy(&args, request.numbers.data(), sizeof(Args));
   py::gil_scoped_release release;
-  request.cuda ? on_cuda(args, request.stream) : on_cpu(args);
+  if (request.cuda) {
+    on_cuda(args, request.stream);
+  } else {
+    on_cpu(args);
+  }
 }
 
 template <template <class> class Args>
 void start_in(const Request& request, OnCpu<Args<float>> cpu32, OnCpu<Args<double>> cpu64,
               OnCuda<Args<float>> cuda32, OnCuda<Args<double>> cuda64) {
-  request.float64 ? start(request, cpu64, cuda64) : start(request, cpu32, cuda32);
+  if (request.float64) {
+    start(request, cpu64, cuda64);
+  } else {
+    start(request, cpu32, cuda32);
+  }
 }
 
 // Runs the op of this name on the addresses and sizes of its struct, in the struct's order.

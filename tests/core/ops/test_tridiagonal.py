@@ -1,5 +1,7 @@
 """Leading eigenpairs in three steps against LAPACK in float64."""
 
+import math
+
 import pytest
 import torch
 from backends import GuardedMemory, load
@@ -121,3 +123,25 @@ def test_nothing_is_written_beyond_its_place():
 
 def test_the_largest_size_is_the_extensions_own():
     assert load("cpu", "_C").max_tridiagonal == tridiagonal.MAX_COLUMNS
+
+
+def test_an_entry_at_a_midpoint_of_the_bisection_loses_no_sign_change():
+    """The first minor of T - s is then exactly 0."""
+    generator = torch.Generator().manual_seed(0)
+    worst = 0.0
+    for _ in range(300):
+        diagonal = torch.rand(1, 6, dtype=torch.float64, generator=generator) - 0.5
+        beside = torch.rand(1, 6, dtype=torch.float64, generator=generator) - 0.5
+        diagonal[0, 5], beside[0, 5] = 3, 0
+        reach = 3 + float(beside[0, 4].abs())  # of Gershgorin's last disc, the largest
+        unit = 2.0 ** -math.floor(math.log2(reach))
+        low, high = -1.0000001 * unit * reach, 1.0000003 * unit * reach
+        for _ in range(int(torch.randint(1, 12, (), generator=generator))):
+            middle = 0.5 * (low + high)
+            up = middle < 0.2 and bool(torch.rand((), generator=generator) < 0.6)
+            low, high = (middle, high) if up or middle < -0.2 else (low, middle)
+        diagonal[0, 0] = middle / unit
+        exact = torch.linalg.eigvalsh(written_out(diagonal, beside)).flip(1)
+        found = tridiagonal_values(diagonal, beside, 6)
+        worst = max(worst, float((found - exact).abs().max()))
+    assert worst <= 1e-13 * 3
