@@ -186,7 +186,9 @@ def _move(
         moved = apply_rule(method, factors, *weights) if method.rule else factors
         parts = (moved.up.mT,), (moved.down,)
         return (_join_parts if isinstance(flat, LowRank) else _multiply_parts)(*parts), None
-    source, target = _find_bases(weights, rank, flat.shape, explicit=measure)
+    # A row space refers to the weights, and stays on their device.
+    explicit = measure or flat.device.type != "cpu"
+    source, target = _find_bases(weights, rank, flat.shape, explicit=explicit)
     if method is METHODS["prolora"] and not measure:
         if isinstance(source, Projectors) and isinstance(target, Projectors):
             return _move_by_projectors(flat, source, target), None
@@ -292,7 +294,8 @@ def _move_by_projectors(
         moved = _move_by_projectors(stack, source, target)
         return moved[0] if isinstance(moved, Tensor) else LowRank(moved.up[0], moved.down[0])
     work = working_dtype(update.dtype)
-    update, source, target = update.to(work), source.to(work), target.to(work)
+    update = update.to(work)
+    source, target = (side.to(work).to(update.device) for side in (source, target))
     if isinstance(update, LowRank):
         up = _move_rows(update.up.mT, source.left, target.left)
         down = _move_rows(update.down, source.right, target.right)
