@@ -26,6 +26,7 @@ from .projection_info import Grams, ProjectionInfo, measure_projection
 from .projectors import AnyBasis, Projector, Projectors, find_projectors
 from .rank_rule import Rank, read_rank
 from .similarity import Similarity
+from .svd.stacks import is_on_host
 from .validation import check_operand, refuse_vmap, without_gradient
 from .verdict import AUTO, judge_pairs
 
@@ -216,7 +217,7 @@ def _find_bases(
     b = shape[:-2].numel()
     given = [w for w in weights if isinstance(w, Basis)]
     tensors = [w for w in weights if isinstance(w, Tensor)]
-    if len(given) == 2 or any(not w.is_cpu for w in tensors):
+    if len(given) == 2 or any(not is_on_host(w) for w in tensors):
         bases = [w if isinstance(w, Basis) else truncated_svd(w, rank) for w in weights]
         if len(bases[0].shape) != len(bases[1].shape):  # one weight and a stack of them
             bases = [x if len(x.shape) == 3 else stack_bases([x] * b) for x in bases]

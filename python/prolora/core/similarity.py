@@ -123,7 +123,7 @@ def similarity(W_src: MatrixLike | Basis, W_tgt: MatrixLike | Basis, *, rank: Ra
     ]
     tensors = [w for w in weights if isinstance(w, Tensor)]
     shapes = {w.shape for w in tensors}
-    if len(tensors) < 2 or len(shapes) > 1 or any(not w.is_cpu for w in tensors):
+    if len(tensors) < 2 or len(shapes) > 1 or any(not is_on_host(w) for w in tensors):
         pair = [w if isinstance(w, Basis) else truncated_svd(w, rank) for w in weights]
         return basis_similarity(*pair)
     (shape,) = shapes
