@@ -10,8 +10,8 @@
 #include "ops.h"
 #include "tile.h"
 
-#ifndef MODULE_NAME
-#define MODULE_NAME _C
+#ifndef PROLORA_MODULE_NAME
+#define PROLORA_MODULE_NAME _C
 #endif
 #ifndef PROLORA_SOURCES
 #define PROLORA_SOURCES ""
@@ -146,7 +146,7 @@ std::pair<Index, Index> cut_depth(Index tiles, Index depth, Index blocks) {
 
 }  // namespace
 
-PYBIND11_MODULE(MODULE_NAME, m) {
+PYBIND11_MODULE(PROLORA_MODULE_NAME, m) {
   m.attr("interface") = PROLORA_INTERFACE;
   m.attr("sources") = PROLORA_SOURCES;
   m.attr("cuda_architectures") = PROLORA_CUDA_ARCHITECTURES;

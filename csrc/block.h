@@ -22,33 +22,33 @@
 #include <cstdint>
 
 #if defined(__CUDACC__) || defined(PROLORA_EMULATED)
-#define HOST_DEVICE __host__ __device__ __forceinline__
+#define PROLORA_HOST_DEVICE __host__ __device__ __forceinline__
 #elif defined(__GNUC__)
-#define HOST_DEVICE inline __attribute__((always_inline))
+#define PROLORA_HOST_DEVICE inline __attribute__((always_inline))
 #else
-#define HOST_DEVICE inline
+#define PROLORA_HOST_DEVICE inline
 #endif
 
 // Unrolls the next loop in full, so that what it indexes can stay in registers.
 #ifdef __CUDACC__
-#define UNROLL _Pragma("unroll")
+#define PROLORA_UNROLL _Pragma("unroll")
 #else
-#define UNROLL
+#define PROLORA_UNROLL
 #endif
 
 // The next loop is over lanes: of a CPU's vectors, or one of a GPU's threads alone.
 #if defined(__CUDACC__) || !defined(__GNUC__)
-#define LANES UNROLL
+#define PROLORA_LANES PROLORA_UNROLL
 #else
-#define LANES _Pragma("omp simd")
+#define PROLORA_LANES _Pragma("omp simd")
 #endif
 
 namespace prolora {
 
 using Index = std::int64_t;
 
-HOST_DEVICE Index ceil_div(Index a, Index b) { return (a + b - 1) / b; }
-HOST_DEVICE Index smaller(Index a, Index b) { return a < b ? a : b; }
+PROLORA_HOST_DEVICE Index ceil_div(Index a, Index b) { return (a + b - 1) / b; }
+PROLORA_HOST_DEVICE Index smaller(Index a, Index b) { return a < b ? a : b; }
 
 // Quotient and remainder of a number of blocks, which fits in 32 bits as a grid does: a GPU divides
 // 64 bits in a hundred instructions.
@@ -56,7 +56,7 @@ struct Division {
   Index quotient, rest;
 };
 
-HOST_DEVICE Division divide(Index number, Index by) {
+PROLORA_HOST_DEVICE Division divide(Index number, Index by) {
   const auto n = static_cast<std::uint32_t>(number);
   const auto d = static_cast<std::uint32_t>(by);
   return {n / d, n % d};

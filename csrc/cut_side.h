@@ -54,7 +54,7 @@ PROLORA_FOR_EACH_TARGET static void multiply_groups(const double* x, const doubl
     const double* row = y + i * kGroup;
     for (int a = 0; a < kGroup; ++a) {
       const double entry = x[i * kGroup + a];
-      LANES
+      PROLORA_LANES
       for (int l = 0; l < kGroup; ++l) sums[a * kGroup + l] += entry * row[l];
     }
   }
@@ -90,21 +90,21 @@ PROLORA_FOR_EACH_TARGET static void multiply_lanes(const double* a, Index rows, 
     if (!transposed) {
       for (; j + 4 <= cols; j += 4) {
         for (int r = 0; r < 4; ++r) {
-          LANES
+          PROLORA_LANES
           for (int l = 0; l < kGroup; ++l) sums[r][l] += row[j + r] * x[(j + r) * kGroup + l];
         }
       }
       for (; j < cols; ++j) {
-        LANES
+        PROLORA_LANES
         for (int l = 0; l < kGroup; ++l) sums[0][l] += row[j] * x[j * kGroup + l];
       }
-      LANES
+      PROLORA_LANES
       for (int l = 0; l < kGroup; ++l) {
         y[i * kGroup + l] = (sums[0][l] + sums[1][l]) + (sums[2][l] + sums[3][l]);
       }
     } else {
       for (; j < cols; ++j) {
-        LANES
+        PROLORA_LANES
         for (int l = 0; l < kGroup; ++l) y[j * kGroup + l] += row[j] * x[i * kGroup + l];
       }
     }
@@ -273,19 +273,19 @@ CutFacts find_cut_side(const Reduce& reduce, const double* w, const double* gram
     multiply_lanes(w, d, n, true, x, z);
     double residual[kGroup] = {}, length[kGroup] = {};
     for (Index i = 0; i < d; ++i) {
-      LANES
+      PROLORA_LANES
       for (int l = 0; l < kGroup; ++l) {
         const double off = scratch.product[i * kGroup + l] - value[l] * x[i * kGroup + l];
         residual[l] += off * off;
       }
     }
     for (Index i = 0; i < n; ++i) {
-      LANES
+      PROLORA_LANES
       for (int l = 0; l < kGroup; ++l) length[l] += z[i * kGroup + l] * z[i * kGroup + l];
     }
     for (int l = 0; l < kGroup; ++l) length[l] = std::max(std::sqrt(length[l]), 1e-300);
     for (Index i = 0; i < n; ++i) {
-      LANES
+      PROLORA_LANES
       for (int l = 0; l < kGroup; ++l) z[i * kGroup + l] /= length[l];
     }
     for (int l = 0; l < some; ++l) {

@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
     thin_product_kernel(ThinProduct<typename Operand::Number> product, ThinGrid grid,
                         float* parts) {
   if constexpr (Tile::kCompiled) {
-    DYNAMIC_SHARED(typename Tile::Shared, shared);
+    PROLORA_DYNAMIC_SHARED(typename Tile::Shared, shared);
     const auto [other, tile] = divide(blockIdx.x, grid.tiles.per_matrix());
     const auto [matrix, part] = divide(other, grid.parts.count);
     const auto [row, col] = divide(tile, grid.tiles.cols);
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kSumThreads)
 template <bool kLast>
 __global__ void __launch_bounds__(32 * kPanelWarps, 1)
     finish_block_kernel(KrylovBlockArgs<float> args) {
-  DYNAMIC_SHARED(std::byte, shared);
+  PROLORA_DYNAMIC_SHARED(std::byte, shared);
   const PanelWorkspace workspace = PanelWorkspace::at(shared, int(args.width));
   if constexpr (kLast) {
     make_block(CudaBlock{}, args, blockIdx.x, workspace);
@@ -80,13 +80,14 @@ void run_product(const KrylovBlockArgs<float>& args,
   const ThinGrid grid = thin_grid<Tile>(args.batch, product.rows, product.cols, product.depth);
   if (grid.blocks() == 0) return;  // weights without columns
   auto kernel = thin_product_kernel<Tile, Operand>;
-  LAUNCH(kernel, grid_size(grid.blocks(), "krylov_block"), Tile::kThreads,
-         sizeof(typename Tile::Shared), stream, product, grid, args.parts);
+  PROLORA_LAUNCH(kernel, grid_size(grid.blocks(), "krylov_block"), Tile::kThreads,
+                 sizeof(typename Tile::Shared), stream, product, grid, args.parts);
   check_launch();
   if (grid.parts.count == 1) return;
   const Index size = args.batch * product.rows * product.cols;
-  LAUNCH(sum_thin_parts_kernel, grid_size(ceil_div(size, kSumThreads), "krylov_block"), kSumThreads,
-         0, stream, product.y, args.parts, grid.parts.count, size, product.subtract);
+  PROLORA_LAUNCH(sum_thin_parts_kernel, grid_size(ceil_div(size, kSumThreads), "krylov_block"),
+                 kSumThreads, 0, stream, product.y, args.parts, grid.parts.count, size,
+                 product.subtract);
   check_launch();
 }
 
@@ -97,8 +98,8 @@ void run_pass(const KrylovBlockArgs<float>& args, cudaStream_t stream) {
   run_product<Tile, AlongTile<float>>(args, rest_of_basis(args), stream);
   auto kernel = finish_block_kernel<kLast>;
   const int bytes = int(PanelWorkspace::bytes(int(args.width)));
-  LAUNCH(kernel, grid_size(args.batch, "krylov_block"), panel_threads(args.width, args.d), bytes,
-         stream, args);
+  PROLORA_LAUNCH(kernel, grid_size(args.batch, "krylov_block"), panel_threads(args.width, args.d),
+                 bytes, stream, args);
   check_launch();
 }
 

@@ -53,7 +53,7 @@ struct ThinProduct {
 
 // Q W.
 template <class Stored>
-HOST_DEVICE ThinProduct<Stored> product_with_w(const KrylovBlockArgs<float>& args) {
+PROLORA_HOST_DEVICE ThinProduct<Stored> product_with_w(const KrylovBlockArgs<float>& args) {
   const float* block = args.rows + (args.size - args.width) * args.d;
   return {static_cast<const Stored*>(args.w),
           block,
@@ -69,7 +69,7 @@ HOST_DEVICE ThinProduct<Stored> product_with_w(const KrylovBlockArgs<float>& arg
 
 // Its product with Wᵀ.
 template <class Stored>
-HOST_DEVICE ThinProduct<Stored> product_back(const KrylovBlockArgs<float>& args) {
+PROLORA_HOST_DEVICE ThinProduct<Stored> product_back(const KrylovBlockArgs<float>& args) {
   return {static_cast<const Stored*>(args.w),
           args.images,
           args.image,
@@ -83,14 +83,14 @@ HOST_DEVICE ThinProduct<Stored> product_back(const KrylovBlockArgs<float>& args)
 }
 
 // What the basis holds of the image.
-HOST_DEVICE ThinProduct<float> product_with_basis(const KrylovBlockArgs<float>& args) {
+PROLORA_HOST_DEVICE ThinProduct<float> product_with_basis(const KrylovBlockArgs<float>& args) {
   const Index basis = args.room * args.d;
   return {args.rows,           args.image, args.coefficients, basis,  args.d,
           args.width * args.d, args.size,  args.width,        args.d, false};
 }
 
 // The image without that.
-HOST_DEVICE ThinProduct<float> rest_of_basis(const KrylovBlockArgs<float>& args) {
+PROLORA_HOST_DEVICE ThinProduct<float> rest_of_basis(const KrylovBlockArgs<float>& args) {
   const Index basis = args.room * args.d;
   return {args.rows, args.coefficients, args.image, basis, args.d, args.width * args.size,
           args.d,    args.width,        args.size,  true};
@@ -99,9 +99,9 @@ HOST_DEVICE ThinProduct<float> rest_of_basis(const KrylovBlockArgs<float>& args)
 // Tile (tile_row, tile_col) of a product of one matrix, over a part of its depth, to `y`: the
 // product's own, or the part's.
 template <class Operand, class Tile, class Stored>
-HOST_DEVICE void thin_product(const Tile& tile, const ThinProduct<Stored>& product, Index matrix,
-                              Index tile_row, Index tile_col, DepthParts parts, Index part,
-                              float* y, bool subtract) {
+PROLORA_HOST_DEVICE void thin_product(const Tile& tile, const ThinProduct<Stored>& product,
+                                      Index matrix, Index tile_row, Index tile_col,
+                                      DepthParts parts, Index part, float* y, bool subtract) {
   const Index i0 = tile_row * Tile::kRows;
   const Index j0 = tile_col * Tile::kCols;
   const Index first = part * parts.length;
@@ -124,7 +124,7 @@ HOST_DEVICE void thin_product(const Tile& tile, const ThinProduct<Stored>& produ
 }
 
 // ‖x‖ of the rows x [r, m] of which the squares are in `squares` [r].
-HOST_DEVICE double total_length(const double* squares, int r) {
+PROLORA_HOST_DEVICE double total_length(const double* squares, int r) {
   double sum = 0;
   for (int i = 0; i < r; ++i) sum += squares[i];
   return std::sqrt(sum);
@@ -133,8 +133,8 @@ HOST_DEVICE double total_length(const double* squares, int r) {
 // Orthonormal rows q of what is left of the image, which q may replace, without what is `scale`
 // times 1e-6 or less: a panel that panel_qr gives up adds nothing.
 template <class Block>
-HOST_DEVICE void make_rows(const Block& block, const KrylovBlockArgs<float>& args, Index matrix,
-                           double scale, float* q, const PanelWorkspace& w) {
+PROLORA_HOST_DEVICE void make_rows(const Block& block, const KrylovBlockArgs<float>& args,
+                                   Index matrix, double scale, float* q, const PanelWorkspace& w) {
   const int r = int(args.width);
   const int d = int(args.d);
   Index* rank = args.rank + matrix;
@@ -145,8 +145,8 @@ HOST_DEVICE void make_rows(const Block& block, const KrylovBlockArgs<float>& arg
 
 // The next block of the basis, from an image in its place that has rows of length 1.
 template <class Block>
-HOST_DEVICE void make_block(const Block& block, const KrylovBlockArgs<float>& args, Index matrix,
-                            const PanelWorkspace& w) {
+PROLORA_HOST_DEVICE void make_block(const Block& block, const KrylovBlockArgs<float>& args,
+                                    Index matrix, const PanelWorkspace& w) {
   make_rows(block, args, matrix, 1.0, args.rows + (matrix * args.room + args.size) * args.d, w);
 }
 
@@ -154,8 +154,8 @@ HOST_DEVICE void make_block(const Block& block, const KrylovBlockArgs<float>& ar
 // matrix. Where little was left of a row, the rounding of the rest leans on the basis: so what the
 // basis holds of these rows is taken out once more before the block is made.
 template <class Block>
-HOST_DEVICE void normalise_image(const Block& block, const KrylovBlockArgs<float>& args,
-                                 Index matrix, const PanelWorkspace& w) {
+PROLORA_HOST_DEVICE void normalise_image(const Block& block, const KrylovBlockArgs<float>& args,
+                                         Index matrix, const PanelWorkspace& w) {
   const int r = int(args.width);
   const int d = int(args.d);
   const int size = int(args.size);

@@ -13,12 +13,12 @@
 #include <utility>
 #include <vector>
 
-#ifndef LAUNCH
+#ifndef PROLORA_LAUNCH
 // One untyped array behind every instance of a kernel template: differently typed ones would clash.
-#define DYNAMIC_SHARED(T, name)                                 \
+#define PROLORA_DYNAMIC_SHARED(T, name)                         \
   extern __shared__ __align__(16) unsigned char shared_bytes[]; \
   T* name = reinterpret_cast<T*>(shared_bytes)
-#define LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
+#define PROLORA_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   kernel<<<grid, block, shared_bytes, stream>>>(__VA_ARGS__)
 #endif
 

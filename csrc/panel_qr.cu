@@ -12,7 +12,7 @@ namespace {
 // One block a multiprocessor: batches are smaller than the number of those.
 template <bool kShared>
 __global__ void __launch_bounds__(32 * kPanelWarps, 1) panel_qr_kernel(PanelQrArgs<float> args) {
-  DYNAMIC_SHARED(std::byte, shared);
+  PROLORA_DYNAMIC_SHARED(std::byte, shared);
   const Index matrix = blockIdx.x;
   const int r = int(args.r);
   const int m = int(args.m);
@@ -39,10 +39,10 @@ void panel_qr_cuda(const PanelQrArgs<float>& args, std::uintptr_t stream) {
     auto kernel = panel_qr_kernel<true>;
     static SharedMemoryOptIn opt_in;
     opt_in.raise_limit(kernel, bytes, "panel_qr: shared memory");
-    LAUNCH(kernel, blocks, threads, bytes, to_stream(stream), args);
+    PROLORA_LAUNCH(kernel, blocks, threads, bytes, to_stream(stream), args);
   } else {
     auto kernel = panel_qr_kernel<false>;
-    LAUNCH(kernel, blocks, threads, 0, to_stream(stream), args);
+    PROLORA_LAUNCH(kernel, blocks, threads, 0, to_stream(stream), args);
   }
   check(cudaGetLastError(), "panel_qr: launch");
 }

@@ -47,7 +47,7 @@ struct PreciseSum {
   float rest = 0;
 
   // Knuth's TwoSum: sum + x, and its error exactly.
-  HOST_DEVICE void add(float x, float more) {
+  PROLORA_HOST_DEVICE void add(float x, float more) {
     const float total = sum + x;
     const float part = total - sum;
     const float error = (sum - (total - part)) + (x - part);
@@ -55,7 +55,7 @@ struct PreciseSum {
     rest += error + more;
   }
 
-  HOST_DEVICE void add_product(float x, float y) {
+  PROLORA_HOST_DEVICE void add_product(float x, float y) {
 #ifdef __CUDA_ARCH__
     const float product = __fmul_rn(x, y);  // never contracted with the sum
     add(product, __fmaf_rn(x, y, -product));
@@ -66,10 +66,10 @@ struct PreciseSum {
 #endif
   }
 
-  HOST_DEVICE double value() const { return double(sum) + double(rest); }
+  PROLORA_HOST_DEVICE double value() const { return double(sum) + double(rest); }
 
   template <class Warp>
-  HOST_DEVICE void add_lanes(const Warp& warp) {
+  PROLORA_HOST_DEVICE void add_lanes(const Warp& warp) {
     for (int d = Warp::kWidth / 2; d > 0; d /= 2) add(warp.partner(sum, d), warp.partner(rest, d));
   }
 };
@@ -81,7 +81,7 @@ struct alignas(16) PanelPack {
 
   // From and to an address that 16 divides: one instruction on a GPU. A host compiler gets a loop,
   // which it makes into what its processor has.
-  static HOST_DEVICE PanelPack load(const float* from) {
+  static PROLORA_HOST_DEVICE PanelPack load(const float* from) {
 #ifdef __CUDA_ARCH__
     return *reinterpret_cast<const PanelPack*>(from);
 #else
@@ -92,7 +92,7 @@ struct alignas(16) PanelPack {
 #endif
   }
 
-  HOST_DEVICE void store(float* to) const {
+  PROLORA_HOST_DEVICE void store(float* to) const {
 #ifdef __CUDA_ARCH__
     *reinterpret_cast<PanelPack*>(to) = *this;
 #else
@@ -101,11 +101,11 @@ struct alignas(16) PanelPack {
 #endif
   }
 
-  static HOST_DEVICE bool is_aligned(const float* address) {
+  static PROLORA_HOST_DEVICE bool is_aligned(const float* address) {
     return reinterpret_cast<std::uintptr_t>(address) % 16 == 0;
   }
 
-  static HOST_DEVICE void check_aligned([[maybe_unused]] const float* address) {
+  static PROLORA_HOST_DEVICE void check_aligned([[maybe_unused]] const float* address) {
 #ifdef PROLORA_EMULATED
     if (!is_aligned(address)) throw std::runtime_error("panel_qr: misaligned 128-bit access");
 #endif
@@ -118,29 +118,29 @@ struct PackedRows {
   int r, m;
   bool aligned;
 
-  HOST_DEVICE PackedRows(float* data, int r, int m)
+  PROLORA_HOST_DEVICE PackedRows(float* data, int r, int m)
       : data(data), r(r), m(m), aligned(PanelPack::is_aligned(data) && m % PanelPack::kSize == 0) {}
-  HOST_DEVICE int packs() const { return int(ceil_div(m, PanelPack::kSize)); }
+  PROLORA_HOST_DEVICE int packs() const { return int(ceil_div(m, PanelPack::kSize)); }
 
-  HOST_DEVICE PanelPack read(int i, int pack) const {
+  PROLORA_HOST_DEVICE PanelPack read(int i, int pack) const {
     PanelPack values = {};
     if (i >= r) return values;
     const int first = pack * PanelPack::kSize;
     const float* from = data + i * m + first;
     if (aligned) return PanelPack::load(from);
-    UNROLL
+    PROLORA_UNROLL
     for (int k = 0; k < PanelPack::kSize; ++k) {
       if (first + k < m) values.v[k] = from[k];
     }
     return values;
   }
 
-  HOST_DEVICE void write(int i, int pack, const PanelPack& values) const {
+  PROLORA_HOST_DEVICE void write(int i, int pack, const PanelPack& values) const {
     if (i >= r) return;
     const int first = pack * PanelPack::kSize;
     float* to = data + i * m + first;
     if (aligned) return values.store(to);
-    UNROLL
+    PROLORA_UNROLL
     for (int k = 0; k < PanelPack::kSize; ++k) {
       if (first + k < m) to[k] = values.v[k];
     }
@@ -148,7 +148,7 @@ struct PackedRows {
 };
 
 // Row i of a packed lower triangle begins here.
-HOST_DEVICE int triangle(int i) { return i * (i + 1) / 2; }
+PROLORA_HOST_DEVICE int triangle(int i) { return i * (i + 1) / 2; }
 
 // Rows that the substitution finds at a time.
 constexpr int kPanelStep = 8;
@@ -163,15 +163,15 @@ struct PanelWorkspace {
   float* unit;      // [r], the power of two that a row of the panel was multiplied by
   float* reciprocal;  // [stride], of the diagonal of D L, 0 for a dropped row
 
-  static HOST_DEVICE int stride(int r) { return int(ceil_div(r, kPanelStep)) * kPanelStep; }
-  static HOST_DEVICE int doubles(int r) { return (triangle(r) + 3 * r + 1) / 2 * 2; }
-  static HOST_DEVICE Index bytes(int r) {
+  static PROLORA_HOST_DEVICE int stride(int r) { return int(ceil_div(r, kPanelStep)) * kPanelStep; }
+  static PROLORA_HOST_DEVICE int doubles(int r) { return (triangle(r) + 3 * r + 1) / 2 * 2; }
+  static PROLORA_HOST_DEVICE Index bytes(int r) {
     const int s = stride(r);
     return ceil_div(Index(sizeof(double)) * doubles(r) + Index(sizeof(float)) * (s * s + r + s),
                     16) *
            16;
   }
-  static HOST_DEVICE PanelWorkspace at(void* memory, int r) {
+  static PROLORA_HOST_DEVICE PanelWorkspace at(void* memory, int r) {
     double* gram = static_cast<double*>(memory);
     double* length = gram + triangle(r);
     float* lower = reinterpret_cast<float*>(gram + doubles(r));
@@ -204,8 +204,8 @@ constexpr int kPanelPasses = 4;
 
 // q = panel, each row times the power of two that brings its largest entry near 1.
 template <class Block>
-HOST_DEVICE void scale_panel_rows(const Block& block, const float* panel, float* q,
-                                  const PanelWorkspace& w, int r, int m) {
+PROLORA_HOST_DEVICE void scale_panel_rows(const Block& block, const float* panel, float* q,
+                                          const PanelWorkspace& w, int r, int m) {
   block.each_warp(r, [&](const auto& warp, int i) {
     const float* from = panel + i * m;
     float* to = q + i * m;
@@ -225,7 +225,8 @@ HOST_DEVICE void scale_panel_rows(const Block& block, const float* panel, float*
 
 // w.gram = q qᵀ, a warp for 4 x 4 entries, which read 8 rows for 16 products.
 template <class Block>
-HOST_DEVICE void sum_products(const Block& block, const PackedRows& q, const PanelWorkspace& w) {
+PROLORA_HOST_DEVICE void sum_products(const Block& block, const PackedRows& q,
+                                      const PanelWorkspace& w) {
   constexpr int kSide = 4;
   const int side = int(ceil_div(q.r, kSide));
   block.each_warp(triangle(side), [&](const auto& warp, int tile) {
@@ -236,21 +237,21 @@ HOST_DEVICE void sum_products(const Block& block, const PackedRows& q, const Pan
     PreciseSum sums[kSide][kSide];
     warp.in_order(q.packs(), [&](int pack) {
       PanelPack x[kSide];
-      UNROLL
+      PROLORA_UNROLL
       for (int i = 0; i < kSide; ++i) x[i] = q.read(i0 + i, pack);
-      UNROLL
+      PROLORA_UNROLL
       for (int j = 0; j < kSide; ++j) {
         const PanelPack y = q.read(j0 + j, pack);
-        UNROLL
+        PROLORA_UNROLL
         for (int k = 0; k < PanelPack::kSize; ++k) {
-          UNROLL
+          PROLORA_UNROLL
           for (int i = 0; i < kSide; ++i) sums[i][j].add_product(x[i].v[k], y.v[k]);
         }
       }
     });
-    UNROLL
+    PROLORA_UNROLL
     for (int i = 0; i < kSide; ++i) {
-      UNROLL
+      PROLORA_UNROLL
       for (int j = 0; j < kSide; ++j) {
         sums[i][j].add_lanes(warp);
         warp.each(1, [&](int) {
@@ -266,7 +267,8 @@ HOST_DEVICE void sum_products(const Block& block, const PackedRows& q, const Pan
 // Lengths of the rows, their limits, and C in place of the products. `scale` is 0 but in the first
 // pass, where the lengths are still to be divided by w.unit.
 template <class Block>
-HOST_DEVICE void scale_gram(const Block& block, const PanelWorkspace& w, int r, double scale) {
+PROLORA_HOST_DEVICE void scale_gram(const Block& block, const PanelWorkspace& w, int r,
+                                    double scale) {
   block.each(r, [&](int i) {
     const double length = std::sqrt(w.gram[triangle(i) + i]);
     w.length[i] = length;
@@ -285,7 +287,7 @@ HOST_DEVICE void scale_gram(const Block& block, const PanelWorkspace& w, int r, 
 // C = L' diag(pivots) L'ᵀ in place: column j of w.gram becomes that of L' times its pivot. One
 // barrier a column: the warp that makes the next pivot also looks at it.
 template <class Block>
-HOST_DEVICE void factor_gram(const Block& block, const PanelWorkspace& w, int r) {
+PROLORA_HOST_DEVICE void factor_gram(const Block& block, const PanelWorkspace& w, int r) {
   auto take_pivot = [&](int i) {
     const double pivot = w.gram[triangle(i) + i];
     w.inverse[i] = pivot > w.limit[i] ? 1 / pivot : 0.0;
@@ -304,7 +306,7 @@ HOST_DEVICE void factor_gram(const Block& block, const PanelWorkspace& w, int r)
 
 // w.lower and w.reciprocal from w.gram: L = D L' sqrt(pivots).
 template <class Block>
-HOST_DEVICE void finish_factor(const Block& block, const PanelWorkspace& w, int r) {
+PROLORA_HOST_DEVICE void finish_factor(const Block& block, const PanelWorkspace& w, int r) {
   const int stride = PanelWorkspace::stride(r);
   block.each_warp(stride, [&](const auto& warp, int j) {
     const double root = j < r ? std::sqrt(w.inverse[j]) : 0.0;
@@ -319,7 +321,8 @@ HOST_DEVICE void finish_factor(const Block& block, const PanelWorkspace& w, int 
 
 // q = L⁻¹ q in place: a thread for the columns of a pack, 8 rows of which it holds at a time.
 template <class Block>
-HOST_DEVICE void substitute(const Block& block, const PackedRows& q, const PanelWorkspace& w) {
+PROLORA_HOST_DEVICE void substitute(const Block& block, const PackedRows& q,
+                                    const PanelWorkspace& w) {
   constexpr int kPack = PanelPack::kSize;
   const int stride = PanelWorkspace::stride(q.r);
   constexpr int kChunk = 32;
@@ -327,30 +330,30 @@ HOST_DEVICE void substitute(const Block& block, const PackedRows& q, const Panel
   auto substitute_pack = [&](int pack) {
     for (int first = 0; first < q.r; first += kPanelStep) {
       PanelPack x[kPanelStep];
-      UNROLL
+      PROLORA_UNROLL
       for (int i = 0; i < kPanelStep; ++i) x[i] = q.read(first + i, pack);
       for (int j = 0; j < first; ++j) {
         const PanelPack known = q.read(j, pack);
         const float* column = w.lower + j * stride + first;
-        UNROLL
+        PROLORA_UNROLL
         for (int i = 0; i < kPanelStep; i += kPack) {
           const PanelPack factors = PanelPack::load(column + i);
-          UNROLL
+          PROLORA_UNROLL
           for (int n = 0; n < kPack; ++n) {
-            UNROLL
+            PROLORA_UNROLL
             for (int k = 0; k < kPack; ++k) x[i + n].v[k] -= factors.v[n] * known.v[k];
           }
         }
       }
-      UNROLL
+      PROLORA_UNROLL
       for (int i = 0; i < kPanelStep; ++i) {
-        UNROLL
+        PROLORA_UNROLL
         for (int j = 0; j < i; ++j) {
           const float factor = w.lower[(first + j) * stride + first + i];
-          UNROLL
+          PROLORA_UNROLL
           for (int k = 0; k < kPack; ++k) x[i].v[k] -= factor * x[j].v[k];
         }
-        UNROLL
+        PROLORA_UNROLL
         for (int k = 0; k < kPack; ++k) x[i].v[k] *= w.reciprocal[first + i];
         q.write(first + i, pack, x[i]);
       }
@@ -365,8 +368,8 @@ HOST_DEVICE void substitute(const Block& block, const PackedRows& q, const Panel
 
 // l = l times this pass's factor; the factor alone in the first pass.
 template <class Block>
-HOST_DEVICE void multiply_factors(const Block& block, float* l, const PanelWorkspace& w, int r,
-                                  bool first) {
+PROLORA_HOST_DEVICE void multiply_factors(const Block& block, float* l, const PanelWorkspace& w,
+                                          int r, bool first) {
   const int stride = PanelWorkspace::stride(r);
   block.each_warp(r, [&](const auto& warp, int i) {
     const float* row = l + i * r;
@@ -384,7 +387,8 @@ HOST_DEVICE void multiply_factors(const Block& block, float* l, const PanelWorks
 
 // NaN in q and l, rank -1.
 template <class Block>
-HOST_DEVICE void give_up_panel(const Block& block, float* q, float* l, Index* rank, int r, int m) {
+PROLORA_HOST_DEVICE void give_up_panel(const Block& block, float* q, float* l, Index* rank, int r,
+                                       int m) {
   constexpr float kNan = PanelLimits::kNan;
   block.each_warp(r, [&](const auto& warp, int i) {
     warp.each(m, [&](int p) { q[i * m + p] = kNan; });
@@ -395,8 +399,8 @@ HOST_DEVICE void give_up_panel(const Block& block, float* q, float* l, Index* ra
 
 // scale: below kDependent * scale a row is dropped; 0 if there is none.
 template <class Block>
-HOST_DEVICE void panel_qr(const Block& block, const float* panel, double scale, float* q, float* l,
-                          Index* rank, const PanelWorkspace& w, int r, int m) {
+PROLORA_HOST_DEVICE void panel_qr(const Block& block, const float* panel, double scale, float* q,
+                                  float* l, Index* rank, const PanelWorkspace& w, int r, int m) {
   const PackedRows rows(q, r, m);
   scale_panel_rows(block, panel, q, w, r, m);
   for (int pass = 0;; ++pass) {

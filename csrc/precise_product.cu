@@ -23,7 +23,7 @@ template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     precise_product_kernel(PreciseProductArgs<float> args, TileGrid grid) {
   if constexpr (Tile::kCompiled) {
-    DYNAMIC_SHARED(typename Tile::Shared, shared);
+    PROLORA_DYNAMIC_SHARED(typename Tile::Shared, shared);
     const auto [matrix, tile] = divide(blockIdx.x, grid.per_matrix());
     const auto [row, col] = divide(tile, grid.cols);
     precise_product(Tile{*shared}, args, matrix, row, col);
@@ -36,8 +36,8 @@ template <class Stored>
 void run_split(const RowsToSplit<Stored>& rows, cudaStream_t stream) {
   if (rows.count == 0) return;
   auto kernel = split_rows_kernel<Stored>;
-  LAUNCH(kernel, grid_size(ceil_div(rows.count, kSplitThreads / 32), "precise_product"),
-         kSplitThreads, 0, stream, rows);
+  PROLORA_LAUNCH(kernel, grid_size(ceil_div(rows.count, kSplitThreads / 32), "precise_product"),
+                 kSplitThreads, 0, stream, rows);
   check_launch();
 }
 
@@ -63,8 +63,8 @@ void precise_product_cuda(const PreciseProductArgs<float>& args, std::uintptr_t 
   constexpr int kBytes = sizeof(DigitTile::Shared);
   auto kernel = precise_product_kernel<DigitTile>;
   opt_in.raise_limit(kernel, kBytes, "precise_product");
-  LAUNCH(kernel, grid_size(args.batch * grid.per_matrix(), "precise_product"), DigitTile::kThreads,
-         kBytes, to_stream(stream), args, grid);
+  PROLORA_LAUNCH(kernel, grid_size(args.batch * grid.per_matrix(), "precise_product"),
+                 DigitTile::kThreads, kBytes, to_stream(stream), args, grid);
   check_launch();
 }
 

@@ -61,12 +61,12 @@ inline void check_precise_size(const PreciseProductArgs<float>& args) {
   }
 }
 
-HOST_DEVICE Index digit_step(const PreciseProductArgs<float>& args) {
+PROLORA_HOST_DEVICE Index digit_step(const PreciseProductArgs<float>& args) {
   return args.batch * (args.rows + (args.y ? args.cols : 0)) * args.pitch;
 }
 
 template <class Stored>
-HOST_DEVICE RowsToSplit<Stored> rows_of_x(const PreciseProductArgs<float>& args) {
+PROLORA_HOST_DEVICE RowsToSplit<Stored> rows_of_x(const PreciseProductArgs<float>& args) {
   return {static_cast<const Stored*>(args.x),
           args.digits,
           args.scales,
@@ -77,7 +77,7 @@ HOST_DEVICE RowsToSplit<Stored> rows_of_x(const PreciseProductArgs<float>& args)
 }
 
 template <class Stored>
-HOST_DEVICE RowsToSplit<Stored> rows_of_y(const PreciseProductArgs<float>& args) {
+PROLORA_HOST_DEVICE RowsToSplit<Stored> rows_of_y(const PreciseProductArgs<float>& args) {
   const Index before = args.batch * args.rows;
   return {static_cast<const Stored*>(args.y),
           args.digits + before * args.pitch,
@@ -105,7 +105,7 @@ void as_stored(Index stored, F f) {
 
 // The digits of a row and its scale, by a warp. NaN and Inf make the scale NaN.
 template <class Warp, class Stored>
-HOST_DEVICE void split_row(const Warp& warp, const RowsToSplit<Stored>& rows, Index row) {
+PROLORA_HOST_DEVICE void split_row(const Warp& warp, const RowsToSplit<Stored>& rows, Index row) {
   const Stored* x = rows.from + row * rows.depth;
   const int depth = int(rows.depth);
   const double largest = warp.template max<double>(depth, [&](int p) {
@@ -121,16 +121,16 @@ HOST_DEVICE void split_row(const Warp& warp, const RowsToSplit<Stored>& rows, In
     // With 128 more a digit no digit borrows from the one before.
     constexpr std::uint64_t kBias = 0x808080808080u;
     std::uint64_t biased[4];
-    UNROLL
+    PROLORA_UNROLL
     for (int n = 0; n < 4; ++n) {
       const int p = 4 * word + n;
       const double scaled = p < depth && largest < kInfinity ? double(value_of(x[p])) * unit : 0.0;
       biased[n] = std::uint64_t(llrint(scaled)) + kBias;
     }
-    UNROLL
+    PROLORA_UNROLL
     for (int s = 0; s < kDigits; ++s) {
       std::uint32_t packed = 0;
-      UNROLL
+      PROLORA_UNROLL
       for (int n = 0; n < 4; ++n) {
         packed |= std::uint32_t(biased[n] >> 8 * (kDigits - 1 - s) & 0xffu) << 8 * n;
       }
@@ -145,7 +145,7 @@ HOST_DEVICE void split_row(const Warp& warp, const RowsToSplit<Stored>& rows, In
 
 // Σ_g sums[g] 256^(5-g) of the sums by weight; what has a fraction is rounded, and the whole.
 template <class Sums>
-HOST_DEVICE double weigh_sums(const Sums& sums) {
+PROLORA_HOST_DEVICE double weigh_sums(const Sums& sums) {
   const auto join = [&](int first) {
     return (std::int64_t(sums(first)) * 256 + sums(first + 1)) * 256 + sums(first + 2);
   };
@@ -154,8 +154,8 @@ HOST_DEVICE double weigh_sums(const Sums& sums) {
 
 // Tile (tile_row, tile_col) of C of one matrix; where y is x, its mirror image too.
 template <class Tile>
-HOST_DEVICE void precise_product(const Tile& tile, const PreciseProductArgs<float>& args,
-                                 Index matrix, Index tile_row, Index tile_col) {
+PROLORA_HOST_DEVICE void precise_product(const Tile& tile, const PreciseProductArgs<float>& args,
+                                         Index matrix, Index tile_row, Index tile_col) {
   const bool with_itself = args.y == nullptr;
   if (with_itself && tile_col > tile_row) return;
   const Index step = digit_step(args);

@@ -50,7 +50,7 @@ struct CoefficientGrid {
 template <class Tile, class T>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
     coefficients_kernel(ProjectRows<T> rows, const Index* cancelled, CoefficientGrid grid, T* to) {
-  DYNAMIC_SHARED(typename Tile::Shared, shared);
+  PROLORA_DYNAMIC_SHARED(typename Tile::Shared, shared);
   const auto [other, tile] = divide(blockIdx.x, grid.tiles.per_matrix());
   const auto [matrix, part] = divide(other, grid.parts.count);
   if (!takes_part(rows, cancelled, matrix)) return;
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kThreads)
 template <class Tile, ProjectStep kStep, class T>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
     apply_kernel(ProjectPairArgs<T> args, TileGrid grid) {
-  DYNAMIC_SHARED(typename Tile::Shared, shared);
+  PROLORA_DYNAMIC_SHARED(typename Tile::Shared, shared);
   const auto [matrix, in_matrix] = divide(blockIdx.x, grid.per_matrix());
   if (!takes_part(project_rows(args, kStep), args.cancelled, matrix)) return;
   if constexpr (Tile::kCompiled) {
@@ -125,13 +125,13 @@ void run_coefficients(const ProjectPairArgs<T>& args, const ProjectRows<T>& rows
   T* parts = args.coefficients + coefficient_room(args);
   T* to = grid.parts.count > 1 ? parts : args.coefficients;
   auto kernel = coefficients_kernel<Tile, T>;
-  LAUNCH(kernel, blocks, Tile::kThreads, sizeof(typename Tile::Shared), stream, rows,
-         args.cancelled, grid, to);
+  PROLORA_LAUNCH(kernel, blocks, Tile::kThreads, sizeof(typename Tile::Shared), stream, rows,
+                 args.cancelled, grid, to);
   check_launch();
   if (grid.parts.count == 1) return;
   auto sum = sum_parts_kernel<T>;
-  LAUNCH(sum, grid_size(args.batch * rows.rows, "project_pair"), kThreads, 0, stream, rows,
-         args.cancelled, grid, parts, args.coefficients);
+  PROLORA_LAUNCH(sum, grid_size(args.batch * rows.rows, "project_pair"), kThreads, 0, stream, rows,
+                 args.cancelled, grid, parts, args.coefficients);
   check_launch();
 }
 
@@ -141,8 +141,8 @@ void run_step(const ProjectPairArgs<T>& args, cudaStream_t stream) {
   if (rows.had != nullptr) {
     const Index blocks = ceil_div(args.batch * rows.rows, kThreads / 32);
     auto kernel = cancelled_kernel<T>;
-    LAUNCH(kernel, grid_size(blocks, "project_pair"), kThreads, 0, stream, rows, args.batch,
-           args.cancelled);
+    PROLORA_LAUNCH(kernel, grid_size(blocks, "project_pair"), kThreads, 0, stream, rows, args.batch,
+                   args.cancelled);
     check_launch();
   }
   on_tile(rows.rows, [&](auto tile) {
@@ -150,8 +150,8 @@ void run_step(const ProjectPairArgs<T>& args, cudaStream_t stream) {
     run_coefficients<Tile>(args, rows, stream);
     const TileGrid grid = tile_grid<Tile>(args.m, rows.rows);
     auto kernel = apply_kernel<Tile, kStep, T>;
-    LAUNCH(kernel, grid_size(args.batch * grid.per_matrix(), "project_pair"), Tile::kThreads,
-           sizeof(typename Tile::Shared), stream, args, grid);
+    PROLORA_LAUNCH(kernel, grid_size(args.batch * grid.per_matrix(), "project_pair"),
+                   Tile::kThreads, sizeof(typename Tile::Shared), stream, args, grid);
     check_launch();
   });
 }

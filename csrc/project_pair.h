@@ -43,7 +43,7 @@ struct ProjectRows {
 };
 
 template <class T>
-HOST_DEVICE ProjectRows<T> project_rows(const ProjectPairArgs<T>& args, ProjectStep step) {
+PROLORA_HOST_DEVICE ProjectRows<T> project_rows(const ProjectPairArgs<T>& args, ProjectStep step) {
   const Index m = args.m;
   const Index size = args.r * m;
   switch (step) {
@@ -61,8 +61,8 @@ HOST_DEVICE ProjectRows<T> project_rows(const ProjectPairArgs<T>& args, ProjectS
 
 // Whether a row of a step's matrix lost nearly all of its length.
 template <class Warp, class T>
-HOST_DEVICE bool row_cancelled(const Warp& warp, const ProjectRows<T>& rows, Index matrix,
-                               Index row) {
+PROLORA_HOST_DEVICE bool row_cancelled(const Warp& warp, const ProjectRows<T>& rows, Index matrix,
+                                       Index row) {
   auto squared_length = [&](const T* x) {
     return warp.template sum<double>(rows.m, [&](Index p) { return double(x[p]) * double(x[p]); });
   };
@@ -71,14 +71,14 @@ HOST_DEVICE bool row_cancelled(const Warp& warp, const ProjectRows<T>& rows, Ind
   return left < kCancelled * had;
 }
 
-HOST_DEVICE Index larger(Index a, Index b) { return a > b ? a : b; }
+PROLORA_HOST_DEVICE Index larger(Index a, Index b) { return a > b ? a : b; }
 
 // Tile (tile_row, tile_col) of Cᵀ = Uᵀ Yᵀ for one matrix, summed over a part of the depth, into
 // c [rows, k].
 template <class Tile, class T>
-HOST_DEVICE void project_coefficients(const Tile& tile, const ProjectRows<T>& rows, Index matrix,
-                                      Index tile_row, Index tile_col, DepthParts parts, Index part,
-                                      T* c) {
+PROLORA_HOST_DEVICE void project_coefficients(const Tile& tile, const ProjectRows<T>& rows,
+                                              Index matrix, Index tile_row, Index tile_col,
+                                              DepthParts parts, Index part, T* c) {
   const Index i0 = tile_row * Tile::kRows;
   const Index j0 = tile_col * Tile::kCols;
   const Index m = rows.m;
@@ -97,8 +97,9 @@ HOST_DEVICE void project_coefficients(const Tile& tile, const ProjectRows<T>& ro
 
 // Tile (tile_row, tile_col) of Pᵀ = U Cᵀ for one matrix, and what the step makes of it.
 template <class Tile, class T>
-HOST_DEVICE void project_apply(const Tile& tile, const ProjectPairArgs<T>& args, ProjectStep step,
-                               Index matrix, Index tile_row, Index tile_col) {
+PROLORA_HOST_DEVICE void project_apply(const Tile& tile, const ProjectPairArgs<T>& args,
+                                       ProjectStep step, Index matrix, Index tile_row,
+                                       Index tile_col) {
   const ProjectRows<T> rows = project_rows(args, step);
   const Index i0 = tile_row * Tile::kRows;
   const Index j0 = tile_col * Tile::kCols;

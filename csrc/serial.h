@@ -29,13 +29,13 @@ struct Lanes {
   typedef T Vector __attribute__((vector_size(16)));
   Vector sums = {};
 
-  HOST_DEVICE void add_product(const T* x, const T* y) {
+  PROLORA_HOST_DEVICE void add_product(const T* x, const T* y) {
     Vector left, right;
     std::memcpy(&left, x, sizeof(Vector));
     std::memcpy(&right, y, sizeof(Vector));
     sums += left * right;
   }
-  HOST_DEVICE T total() const {
+  PROLORA_HOST_DEVICE T total() const {
     T sum = 0;
     for (int k = 0; k < kLanes<T>; ++k) sum += sums[k];
     return sum;
@@ -61,30 +61,30 @@ struct SerialWarp {
   static constexpr int kWidth = 1;
 
   template <class I, class F>
-  HOST_DEVICE void each(I n, F f) const {
+  PROLORA_HOST_DEVICE void each(I n, F f) const {
     PROLORA_INDEPENDENT
     for (I i = 0; i < n; ++i) f(i);
   }
 
-  HOST_DEVICE void sync() const {}
+  PROLORA_HOST_DEVICE void sync() const {}
 
   template <class I, class F>
-  HOST_DEVICE void in_order(I n, F f) const {
+  PROLORA_HOST_DEVICE void in_order(I n, F f) const {
     for (I i = 0; i < n; ++i) f(i);
   }
 
   template <class T>
-  HOST_DEVICE T total(T value) const {
+  PROLORA_HOST_DEVICE T total(T value) const {
     return value;
   }
 
   template <class T>
-  HOST_DEVICE T partner(T value, int) const {
+  PROLORA_HOST_DEVICE T partner(T value, int) const {
     return value;
   }
 
   template <class T, class I, class F>
-  HOST_DEVICE T sum(I n, F f) const {
+  PROLORA_HOST_DEVICE T sum(I n, F f) const {
     T partial[kLanes<T>] = {};
     I i = 0;
     for (; i + kLanes<T> <= n; i += kLanes<T>) {
@@ -97,7 +97,7 @@ struct SerialWarp {
   }
 
   template <class T, class I, class F>
-  HOST_DEVICE T max(I n, F f) const {
+  PROLORA_HOST_DEVICE T max(I n, F f) const {
     T largest = 0;
     for (I i = 0; i < n; ++i) {
       const T value = f(i);
@@ -107,7 +107,7 @@ struct SerialWarp {
   }
 
   template <class T, class I>
-  HOST_DEVICE T dot(I n, const T* x, const T* y) const {
+  PROLORA_HOST_DEVICE T dot(I n, const T* x, const T* y) const {
     Lanes<T> lanes;
     I i = 0;
     for (; i + kLanes<T> <= n; i += kLanes<T>) lanes.add_product(x + i, y + i);
@@ -119,7 +119,7 @@ struct SerialWarp {
 
 struct SerialBlock : SerialWarp {
   template <class I, class F>
-  HOST_DEVICE void each_warp(I n, F f) const {
+  PROLORA_HOST_DEVICE void each_warp(I n, F f) const {
     for (I i = 0; i < n; ++i) f(SerialWarp{}, i);
   }
 };

@@ -28,12 +28,12 @@ struct Wide {
   T v[kSize];
 #endif
 
-  static HOST_DEVICE Wide load(const T* from) {
+  static PROLORA_HOST_DEVICE Wide load(const T* from) {
     Wide wide;
     std::memcpy(&wide.v, from, sizeof(wide.v));
     return wide;
   }
-  static HOST_DEVICE Wide all(T number) {
+  static PROLORA_HOST_DEVICE Wide all(T number) {
 #ifdef __GNUC__
     return {number - Vector{}};
 #else
@@ -42,16 +42,16 @@ struct Wide {
     return wide;
 #endif
   }
-  HOST_DEVICE void store(T* to) const { std::memcpy(to, &v, sizeof(v)); }
+  PROLORA_HOST_DEVICE void store(T* to) const { std::memcpy(to, &v, sizeof(v)); }
   // this += x y
-  HOST_DEVICE void add_product(const Wide& x, const Wide& y) {
+  PROLORA_HOST_DEVICE void add_product(const Wide& x, const Wide& y) {
 #ifdef __GNUC__
     v += x.v * y.v;
 #else
     for (int k = 0; k < kSize; ++k) v[k] += x.v[k] * y.v[k];
 #endif
   }
-  HOST_DEVICE T total() const {
+  PROLORA_HOST_DEVICE T total() const {
     T sum = 0;
     for (int k = 0; k < kSize; ++k) sum += v[k];
     return sum;
@@ -60,7 +60,7 @@ struct Wide {
 
 struct WideWarp : SerialWarp {
   template <class T, class I>
-  HOST_DEVICE T dot(I n, const T* x, const T* y) const {
+  PROLORA_HOST_DEVICE T dot(I n, const T* x, const T* y) const {
     using V = Wide<T>;
     V sums[2] = {};
     I i = 0;
@@ -76,7 +76,7 @@ struct WideWarp : SerialWarp {
 
 struct WideBlock : WideWarp {
   template <class I, class F>
-  HOST_DEVICE void each_warp(I n, F f) const {
+  PROLORA_HOST_DEVICE void each_warp(I n, F f) const {
     for (I i = 0; i < n; ++i) f(WideWarp{}, i);
   }
 };
@@ -88,7 +88,8 @@ struct SerialProducts {
 
   // p = A v, of the rows and columns from `first` on.
   template <class Block, class T>
-  HOST_DEVICE void multiply(const Block&, const T* a, const T* v, T* p, int first, int d) const {
+  PROLORA_HOST_DEVICE void multiply(const Block&, const T* a, const T* v, T* p, int first,
+                                    int d) const {
     for (int i = 0; i < d; ++i) p[i] = 0;  // before `first` too, which `update` multiplies with
     int i = first;
     for (; i < d && i % kRowsAtOnce != 0; ++i) multiply_rows<1>(a, v, p, i, d);
@@ -98,8 +99,8 @@ struct SerialProducts {
 
   // A -= v wᵀ + w vᵀ, summed over `count` pairs of vectors, of the rows and columns from `first`.
   template <class Block, class T>
-  HOST_DEVICE void update(const Block&, T* a, const PanelVectors<T>& panel, int count, int first,
-                          int d) const {
+  PROLORA_HOST_DEVICE void update(const Block&, T* a, const PanelVectors<T>& panel, int count,
+                                  int first, int d) const {
     constexpr int kCols = 2 * Wide<T, 64>::kSize;
     for (int c = first - first % kCols; c < d; c += kCols) {
       // Rows up to the last of these columns; what is left of the diagonal there is written too,
@@ -121,7 +122,7 @@ struct SerialProducts {
 
  private:
   template <int kCount, class T>
-  HOST_DEVICE void multiply_rows(const T* a, const T* v, T* p, int i, int d) const {
+  PROLORA_HOST_DEVICE void multiply_rows(const T* a, const T* v, T* p, int i, int d) const {
     using V = Wide<T>;
     const T* rows[kCount];
     V by[kCount], sums[kCount];
@@ -162,8 +163,8 @@ struct SerialProducts {
   }
 
   template <class T>
-  HOST_DEVICE void update_tile(T* a, const PanelVectors<T>& panel, int count, int i, int c,
-                               int d) const {
+  PROLORA_HOST_DEVICE void update_tile(T* a, const PanelVectors<T>& panel, int count, int i, int c,
+                                       int d) const {
     using V = Wide<T, 64>;
     V sums[kRows][2];
     for (int r = 0; r < kRows; ++r) sums[r][0] = sums[r][1] = V::all(0);

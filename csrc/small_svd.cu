@@ -16,7 +16,7 @@ constexpr int kMaxThreads = kShared ? 1024 : 512;
 
 template <class T, bool kShared, bool kVectors>
 __global__ void __launch_bounds__(kMaxThreads<kShared>, 1) small_svd_kernel(SmallSvdArgs<T> args) {
-  DYNAMIC_SHARED(std::byte, shared);
+  PROLORA_DYNAMIC_SHARED(std::byte, shared);
   const Index matrix = blockIdx.x;
   const int m = int(args.m);
   const int n = int(args.n);
@@ -53,10 +53,12 @@ void launch_svd(const SmallSvdArgs<T>& args, std::uintptr_t stream) {
     auto kernel = small_svd_kernel<T, true, kVectors>;
     static SharedMemoryOptIn opt_in;
     opt_in.raise_limit(kernel, bytes, "small_svd: shared memory");
-    LAUNCH(kernel, blocks, threads_for(args.n, kMaxThreads<true>), bytes, to_stream(stream), args);
+    PROLORA_LAUNCH(kernel, blocks, threads_for(args.n, kMaxThreads<true>), bytes, to_stream(stream),
+                   args);
   } else {
     auto kernel = small_svd_kernel<T, false, kVectors>;
-    LAUNCH(kernel, blocks, threads_for(args.n, kMaxThreads<false>), 0, to_stream(stream), args);
+    PROLORA_LAUNCH(kernel, blocks, threads_for(args.n, kMaxThreads<false>), 0, to_stream(stream),
+                   args);
   }
   check(cudaGetLastError(), "small_svd: launch");
 }

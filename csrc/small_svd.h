@@ -59,13 +59,13 @@ struct SvdWorkspace {
   int* rotated;  // [kMaxSweeps], whether a sweep rotated anything
 
   // Rounded up, so that the next matrix's workspace is aligned as well.
-  static HOST_DEVICE Index bytes(Index m, Index n, bool vectors) {
+  static PROLORA_HOST_DEVICE Index bytes(Index m, Index n, bool vectors) {
     const Index exact =
         Index(sizeof(T)) * n * (m + (vectors ? n : 0) + 2) + Index(sizeof(int)) * (n + kMaxSweeps);
     return ceil_div(exact, 16) * 16;
   }
 
-  static HOST_DEVICE SvdWorkspace at(void* memory, int m, int n, bool vectors) {
+  static PROLORA_HOST_DEVICE SvdWorkspace at(void* memory, int m, int n, bool vectors) {
     T* a = static_cast<T*>(memory);
     T* v = a + n * m;
     T* length = v + (vectors ? n * n : 0);
@@ -77,7 +77,7 @@ struct SvdWorkspace {
 
 // Round-robin tournament over an even number of seats: the two columns that meet as pair p of round
 // r. In seats - 1 rounds every column meets every other one once.
-HOST_DEVICE int seated(int seats, int r, int k) {
+PROLORA_HOST_DEVICE int seated(int seats, int r, int k) {
   return k == 0 ? 0 : 1 + (k - 1 + r) % (seats - 1);
 }
 
@@ -85,16 +85,16 @@ HOST_DEVICE int seated(int seats, int r, int k) {
 template <class T>
 struct PowerOfTwo {
   T half, rest;
-  HOST_DEVICE explicit PowerOfTwo(int exponent)
+  PROLORA_HOST_DEVICE explicit PowerOfTwo(int exponent)
       : half(std::ldexp(T(1), exponent / 2)), rest(std::ldexp(T(1), exponent - exponent / 2)) {}
-  HOST_DEVICE T operator*(T x) const { return x * half * rest; }
+  PROLORA_HOST_DEVICE T operator*(T x) const { return x * half * rest; }
 };
 
 // The rotation [c s; -s c] from the right that makes two columns orthogonal, by the smaller angle.
 template <class T>
 struct Rotation {
   T cosine, sine, tangent;
-  HOST_DEVICE Rotation(T xx, T xy, T yy) {
+  PROLORA_HOST_DEVICE Rotation(T xx, T xy, T yy) {
     const T zeta = (yy - xx) / (2 * xy);
     const T size = std::fabs(zeta);
     // Beyond 1/eps the square would be lost, or overflow.
@@ -106,7 +106,7 @@ struct Rotation {
   }
 
   template <class Warp>
-  HOST_DEVICE void apply(const Warp& warp, T* x, T* y, int length) const {
+  PROLORA_HOST_DEVICE void apply(const Warp& warp, T* x, T* y, int length) const {
     const T c = cosine;
     const T s = sine;
     warp.each(length, [=](int k) {
@@ -120,8 +120,8 @@ struct Rotation {
 
 // Rotates columns i and j if they are not orthogonal yet, and says so in *rotated.
 template <bool kVectors, class Warp, class T>
-HOST_DEVICE void rotate_pair(const Warp& warp, const SvdWorkspace<T>& w, int m, int n, int i, int j,
-                             int* rotated) {
+PROLORA_HOST_DEVICE void rotate_pair(const Warp& warp, const SvdWorkspace<T>& w, int m, int n,
+                                     int i, int j, int* rotated) {
   const T converged = std::sqrt(T(m)) * Precision<T>::kEps;  // cosine between two columns
   // Columns this short (A's largest entry is about 1) end as zeros whatever their angle; their
   // squares are still far from underflow.
@@ -152,7 +152,8 @@ HOST_DEVICE void rotate_pair(const Warp& warp, const SvdWorkspace<T>& w, int m, 
 }
 
 template <class Block, class T>
-HOST_DEVICE void measure_columns(const Block& block, const SvdWorkspace<T>& w, int m, int n) {
+PROLORA_HOST_DEVICE void measure_columns(const Block& block, const SvdWorkspace<T>& w, int m,
+                                         int n) {
   block.each_warp(n, [&](const auto& warp, int j) {
     const T square = warp.dot(m, w.a + j * m, w.a + j * m);
     warp.each(1, [&](int) { w.length[j] = square; });
@@ -161,8 +162,8 @@ HOST_DEVICE void measure_columns(const Block& block, const SvdWorkspace<T>& w, i
 
 // One sweep: every pair of columns once. Sets *rotated if any pair was not yet orthogonal.
 template <bool kVectors, class Block, class T>
-HOST_DEVICE void sweep_pairs(const Block& block, const SvdWorkspace<T>& w, int m, int n,
-                             int* rotated) {
+PROLORA_HOST_DEVICE void sweep_pairs(const Block& block, const SvdWorkspace<T>& w, int m, int n,
+                                     int* rotated) {
   measure_columns(block, w, m, n);
   const int seats = n + n % 2;  // with n odd one column a round meets the empty seat n
   for (int round = 0; round < seats - 1; ++round) {
@@ -176,7 +177,7 @@ HOST_DEVICE void sweep_pairs(const Block& block, const SvdWorkspace<T>& w, int m
 
 // The largest |entry| of a matrix whose columns are in w.a; infinity where one is NaN.
 template <class Block, class T>
-HOST_DEVICE T largest_entry(const Block& block, const SvdWorkspace<T>& w, int m, int n) {
+PROLORA_HOST_DEVICE T largest_entry(const Block& block, const SvdWorkspace<T>& w, int m, int n) {
   block.each_warp(n, [&](const auto& warp, int j) {
     const T* column = w.a + j * m;
     const T largest = warp.template max<T>(m, [&](int i) {
@@ -192,8 +193,8 @@ HOST_DEVICE T largest_entry(const Block& block, const SvdWorkspace<T>& w, int m,
 
 // input, u: [m, n]; s: [n]; v: [n, n], all row-major. u and v are not touched without kVectors.
 template <bool kVectors, class Block, class T>
-HOST_DEVICE void small_svd(const Block& block, const T* input, T* u, T* s, T* v,
-                           const SvdWorkspace<T>& w, int m, int n) {
+PROLORA_HOST_DEVICE void small_svd(const Block& block, const T* input, T* u, T* s, T* v,
+                                   const SvdWorkspace<T>& w, int m, int n) {
   block.each_warp(m, [&](const auto& warp, int i) {
     warp.each(n, [&](int j) { w.a[j * m + i] = input[i * n + j]; });
   });

@@ -24,17 +24,17 @@ inline constexpr bool kExactInTf32<Half> = true;
 template <>
 inline constexpr bool kExactInTf32<Bfloat> = true;
 
-HOST_DEVICE float value_of(float x) { return x; }
-HOST_DEVICE double value_of(double x) { return x; }
+PROLORA_HOST_DEVICE float value_of(float x) { return x; }
+PROLORA_HOST_DEVICE double value_of(double x) { return x; }
 
-HOST_DEVICE float value_of(Bfloat x) {
+PROLORA_HOST_DEVICE float value_of(Bfloat x) {
   const std::uint32_t bits = std::uint32_t(x.bits) << 16;
   float value;
   std::memcpy(&value, &bits, sizeof(value));
   return value;
 }
 
-HOST_DEVICE float value_of(Half x) {
+PROLORA_HOST_DEVICE float value_of(Half x) {
 #ifdef __CUDA_ARCH__
   float value;
   asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(x.bits));

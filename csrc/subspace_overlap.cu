@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
     subspace_overlap_kernel(SubspaceOverlapArgs<float> args) {
   static_assert(Tile::kCols == kOverlapBlock);
   if constexpr (Tile::kCompiled) {
-    DYNAMIC_SHARED(Shared<Tile>, shared);
+    PROLORA_DYNAMIC_SHARED(Shared<Tile>, shared);
     const OverlapPlace place = overlap_place(args, blockIdx.x);
     const OverlapGroup<float>& group = args.groups[place.group];
     // What is needed after the product takes two registers.
@@ -51,8 +51,8 @@ void subspace_overlap_cuda(const SubspaceOverlapArgs<float>& args, std::uintptr_
     auto kernel = subspace_overlap_kernel<Tile>;
     static SharedMemoryOptIn opt_in;
     opt_in.raise_limit(kernel, bytes, "subspace_overlap: shared memory");
-    LAUNCH(kernel, grid_size(args.blocks, "subspace_overlap"), Tile::kThreads, bytes,
-           to_stream(stream), args);
+    PROLORA_LAUNCH(kernel, grid_size(args.blocks, "subspace_overlap"), Tile::kThreads, bytes,
+                   to_stream(stream), args);
     check(cudaGetLastError(), "subspace_overlap: launch");
   });
 }

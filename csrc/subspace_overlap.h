@@ -22,7 +22,7 @@ struct OverlapPlace {
 };
 
 template <class T>
-HOST_DEVICE OverlapPlace overlap_place(const SubspaceOverlapArgs<T>& args, Index block) {
+PROLORA_HOST_DEVICE OverlapPlace overlap_place(const SubspaceOverlapArgs<T>& args, Index block) {
   Index low = 0;
   for (Index high = args.count; high - low > 1;) {
     const Index middle = (low + high) / 2;
@@ -39,8 +39,8 @@ HOST_DEVICE OverlapPlace overlap_place(const SubspaceOverlapArgs<T>& args, Index
 
 // Block (place.row, place.col) of C for one pair into c[i * stride + j].
 template <class Tile, class T>
-HOST_DEVICE void overlap_product(const Tile& tile, const OverlapGroup<T>& group,
-                                 const OverlapPlace& place, T* c, Index stride) {
+PROLORA_HOST_DEVICE void overlap_product(const Tile& tile, const OverlapGroup<T>& group,
+                                         const OverlapPlace& place, T* c, Index stride) {
   const Index i0 = place.row * kOverlapBlock;
   const Index j0 = place.col * kOverlapBlock;
   const AlongTile<T> us{group.us + place.matrix * group.m * group.ks + i0, group.ks,
@@ -55,7 +55,7 @@ HOST_DEVICE void overlap_product(const Tile& tile, const OverlapGroup<T>& group,
 
 // Σ C² of a block's row.
 template <class T>
-HOST_DEVICE double row_square(const T* c, Index cols) {
+PROLORA_HOST_DEVICE double row_square(const T* c, Index cols) {
   double sum = 0;
   for (Index j = 0; j < cols; ++j) sum += double(c[j]) * double(c[j]);
   return sum;

@@ -25,9 +25,9 @@ struct AlongTile {
   const T* data;
   Index stride;
   Index size;  // i < size; the rest of the tile counts as 0
-  HOST_DEVICE Index depth_step() const { return stride; }
-  HOST_DEVICE Index step() const { return 1; }
-  HOST_DEVICE AlongTile from(Index p) const { return {data + p * stride, stride, size}; }
+  PROLORA_HOST_DEVICE Index depth_step() const { return stride; }
+  PROLORA_HOST_DEVICE Index step() const { return 1; }
+  PROLORA_HOST_DEVICE AlongTile from(Index p) const { return {data + p * stride, stride, size}; }
 };
 
 // An operand whose neighbours along the sum lie side by side: element (p, i) = data[i*stride + p].
@@ -38,9 +38,9 @@ struct AlongDepth {
   const T* data;
   Index stride;
   Index size;
-  HOST_DEVICE Index depth_step() const { return 1; }
-  HOST_DEVICE Index step() const { return stride; }
-  HOST_DEVICE AlongDepth from(Index p) const { return {data + p, stride, size}; }
+  PROLORA_HOST_DEVICE Index depth_step() const { return 1; }
+  PROLORA_HOST_DEVICE Index step() const { return stride; }
+  PROLORA_HOST_DEVICE AlongDepth from(Index p) const { return {data + p, stride, size}; }
 };
 
 // Within a slice of an operand indices are 32-bit numbers, which 64 rows of this stride fit in.
@@ -51,13 +51,15 @@ template <class T, int kCount>
 struct alignas(kCount * sizeof(T)) Pack {
   T values[kCount];
 
-  static HOST_DEVICE Pack load(const T* from) { return *reinterpret_cast<const Pack*>(from); }
-  HOST_DEVICE void store(T* to) const { *reinterpret_cast<Pack*>(to) = *this; }
-  friend HOST_DEVICE Pack operator+(Pack a, const Pack& b) {
+  static PROLORA_HOST_DEVICE Pack load(const T* from) {
+    return *reinterpret_cast<const Pack*>(from);
+  }
+  PROLORA_HOST_DEVICE void store(T* to) const { *reinterpret_cast<Pack*>(to) = *this; }
+  friend PROLORA_HOST_DEVICE Pack operator+(Pack a, const Pack& b) {
     for (int n = 0; n < kCount; ++n) a.values[n] += b.values[n];
     return a;
   }
-  friend HOST_DEVICE Pack operator-(Pack a, const Pack& b) {
+  friend PROLORA_HOST_DEVICE Pack operator-(Pack a, const Pack& b) {
     for (int n = 0; n < kCount; ++n) a.values[n] -= b.values[n];
     return a;
   }
@@ -69,18 +71,18 @@ constexpr int kWidest = 16 / sizeof(T);
 
 // Whether rows of this stride that begin here can be moved 16 bytes at a time.
 template <class T>
-HOST_DEVICE bool in_packs(const T* data, Index stride) {
+PROLORA_HOST_DEVICE bool in_packs(const T* data, Index stride) {
   return reinterpret_cast<std::uintptr_t>(data) % 16 == 0 && stride % kWidest<T> == 0;
 }
 
 // Where a tile lies in a batch of rows x cols matrices cut into tiles.
 struct TileGrid {
   Index rows, cols;  // tiles per matrix
-  HOST_DEVICE Index per_matrix() const { return rows * cols; }
+  PROLORA_HOST_DEVICE Index per_matrix() const { return rows * cols; }
 };
 
 template <class Tile>
-HOST_DEVICE TileGrid tile_grid(Index rows, Index cols) {
+PROLORA_HOST_DEVICE TileGrid tile_grid(Index rows, Index cols) {
   return {ceil_div(rows, Tile::kRows), ceil_div(cols, Tile::kCols)};
 }
 

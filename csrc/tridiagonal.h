@@ -51,26 +51,27 @@ struct PanelVectors {
 
   // Of rows: an odd number of lines of a cache, so that the rows of a panel are not all in a few of
   // its sets.
-  static HOST_DEVICE int stride_of(Index d) {
+  static PROLORA_HOST_DEVICE int stride_of(Index d) {
     constexpr int kLine = 64 / int(sizeof(T));
     const int lines = int(ceil_div(d, kLine));
     return (lines + 1 - lines % 2) * kLine;
   }
-  static HOST_DEVICE Index bytes(Index d) {
+  static PROLORA_HOST_DEVICE Index bytes(Index d) {
     return 2 * kPanel * (stride_of(d) * Index(sizeof(T)) + Index(sizeof(double)));
   }
-  static HOST_DEVICE PanelVectors at(std::byte* memory, Index d) {
+  static PROLORA_HOST_DEVICE PanelVectors at(std::byte* memory, Index d) {
     const int stride = stride_of(d);
     T* v = reinterpret_cast<T*>(memory + 2 * kPanel * sizeof(double));
     return {v, v + kPanel * stride, reinterpret_cast<double*>(memory), stride};
   }
-  HOST_DEVICE T* v_row(int s) const { return v + s * stride; }
-  HOST_DEVICE T* w_row(int s) const { return w + s * stride; }
+  PROLORA_HOST_DEVICE T* v_row(int s) const { return v + s * stride; }
+  PROLORA_HOST_DEVICE T* w_row(int s) const { return w + s * stride; }
 };
 
 // v, tau and the entry beside the diagonal for x = row[j + 1 ...]; v goes to row j and the panel.
 template <class Block, class T>
-HOST_DEVICE void reflect(const Block& block, T* row, T* v, T* tau, double* beside, int j, int d) {
+PROLORA_HOST_DEVICE void reflect(const Block& block, T* row, T* v, T* tau, double* beside, int j,
+                                 int d) {
   block.each_warp(1, [&](const auto& warp, int) {
     const T* x = row + j + 2;
     const double rest =
@@ -97,8 +98,8 @@ HOST_DEVICE void reflect(const Block& block, T* row, T* v, T* tau, double* besid
 
 // w = tau (A v) - ..., of the matrix as the panel has left it, from p = A v of the one before it.
 template <class Block, class T>
-HOST_DEVICE void finish_product(const Block& block, const PanelVectors<T>& panel, T tau, int t,
-                                int first, int d) {
+PROLORA_HOST_DEVICE void finish_product(const Block& block, const PanelVectors<T>& panel, T tau,
+                                        int t, int first, int d) {
   const T* v = panel.v_row(t);
   T* w = panel.w_row(t);
   const int n = d - first;
@@ -123,9 +124,9 @@ HOST_DEVICE void finish_product(const Block& block, const PanelVectors<T>& panel
 // `Products` multiplies with and updates what is left of the matrix, its rows and columns from
 // `first` on: serial_products.h.
 template <class Block, class Products, class T>
-HOST_DEVICE void tridiagonalise(const Block& block, const Products& products, T* a, T* tau,
-                                double* diagonal, double* beside, const PanelVectors<T>& panel,
-                                int d) {
+PROLORA_HOST_DEVICE void tridiagonalise(const Block& block, const Products& products, T* a, T* tau,
+                                        double* diagonal, double* beside,
+                                        const PanelVectors<T>& panel, int d) {
   for (int start = 0; start < d - 1; start += kPanel) {
     const int end = start + kPanel < d - 1 ? start + kPanel : d - 1;
     for (int j = start; j < end; ++j) {
@@ -153,8 +154,8 @@ HOST_DEVICE void tridiagonalise(const Block& block, const Products& products, T*
 }
 
 template <class Block, class Products, class T>
-HOST_DEVICE void reduce_matrix(const Block& block, const Products& products,
-                               const TridiagonaliseArgs<T>& args, Index matrix) {
+PROLORA_HOST_DEVICE void reduce_matrix(const Block& block, const Products& products,
+                                       const TridiagonaliseArgs<T>& args, Index matrix) {
   const Index at = matrix * args.d;
   std::byte* scratch = args.scratch + matrix * PanelVectors<T>::bytes(args.d);
   tridiagonalise(block, products, args.a + at * args.d, args.tau + at, args.diagonal + at,
@@ -169,12 +170,12 @@ struct Tridiagonal {
 };
 
 template <class Args>
-HOST_DEVICE Tridiagonal tridiagonal_of(const Args& args, Index matrix) {
+PROLORA_HOST_DEVICE Tridiagonal tridiagonal_of(const Args& args, Index matrix) {
   return {args.diagonal + matrix * args.d, args.beside + matrix * args.d, int(args.d)};
 }
 
 // All eigenvalues are in [-reach, reach].
-HOST_DEVICE double gershgorin(const Tridiagonal& t) {
+PROLORA_HOST_DEVICE double gershgorin(const Tridiagonal& t) {
   double reach = 0;
   for (int i = 0; i < t.n; ++i) {
     const double left = i > 0 ? std::fabs(t.beside[i - 1]) : 0;
@@ -186,10 +187,12 @@ HOST_DEVICE double gershgorin(const Tridiagonal& t) {
 }
 
 // Pivots smaller than this are replaced by it.
-HOST_DEVICE double smallest_pivot(const Tridiagonal& t) { return 1e-300 + gershgorin(t) * 1e-32; }
+PROLORA_HOST_DEVICE double smallest_pivot(const Tridiagonal& t) {
+  return 1e-300 + gershgorin(t) * 1e-32;
+}
 
 // The power of two that brings a positive number to [1, 2).
-HOST_DEVICE double power_to_one(double number) {
+PROLORA_HOST_DEVICE double power_to_one(double number) {
   std::uint64_t bits;
   std::memcpy(&bits, &number, sizeof(bits));
   bits = 0x7fe0000000000000u - (bits & 0x7ff0000000000000u);
@@ -202,18 +205,18 @@ HOST_DEVICE double power_to_one(double number) {
 // range for kSteps steps, and are scaled then. Entries beside the diagonal are 1e-15 of the reach
 // or more, so that no two minors vanish: that moves a value by as much.
 template <int kLanes>
-HOST_DEVICE void bisect(const Tridiagonal& t, double reach, int first, double* values) {
+PROLORA_HOST_DEVICE void bisect(const Tridiagonal& t, double reach, int first, double* values) {
   constexpr int kSteps = 8;
   double low[kLanes], high[kLanes], middle[kLanes], minor[kLanes], before[kLanes], below[kLanes];
   const double unit = reach > 0 && reach < 1e150 ? power_to_one(reach) : 1.0;
-  UNROLL
+  PROLORA_UNROLL
   for (int l = 0; l < kLanes; ++l) {
     // Not quite symmetric, so that no number in the middle is an eigenvalue by its shape.
     low[l] = -1.0000001 * unit * reach;
     high[l] = 1.0000003 * unit * reach;
   }
   for (int step = 0; step < kHalvings; ++step) {
-    LANES
+    PROLORA_LANES
     for (int l = 0; l < kLanes; ++l) {
       middle[l] = 0.5 * (low[l] + high[l]);
       before[l] = 1;
@@ -226,7 +229,7 @@ HOST_DEVICE void bisect(const Tridiagonal& t, double reach, int first, double* v
         const double beside = t.beside[i - 1] * unit;
         const double square = beside * beside + 1e-30;
         const double next = t.diagonal[i] * unit;
-        LANES
+        PROLORA_LANES
         for (int l = 0; l < kLanes; ++l) {
           const double now = (next - middle[l]) * minor[l] - square * before[l];
           // Signs, not a product: a minor of 0 counts as positive, and its change is not lost.
@@ -235,27 +238,27 @@ HOST_DEVICE void bisect(const Tridiagonal& t, double reach, int first, double* v
           minor[l] = now;
         }
       }
-      LANES
+      PROLORA_LANES
       for (int l = 0; l < kLanes; ++l) {
         const double scale = power_to_one(std::fabs(minor[l]) + std::fabs(before[l]));
         minor[l] *= scale;
         before[l] *= scale;
       }
     }
-    LANES
+    PROLORA_LANES
     for (int l = 0; l < kLanes; ++l) {
       const bool more = t.n - below[l] > first + l;
       low[l] = more ? middle[l] : low[l];
       high[l] = more ? high[l] : middle[l];
     }
   }
-  UNROLL
+  PROLORA_UNROLL
   for (int l = 0; l < kLanes; ++l) values[l] = 0.5 * (low[l] + high[l]) / unit;
 }
 
 // An entry of a unit vector. The smallest, of which there are many, are replaced by 0: they would
 // be subnormal in float32, or have subnormal products, which take ten times as long.
-HOST_DEVICE double unit_entry(double entry, double unit) {
+PROLORA_HOST_DEVICE double unit_entry(double entry, double unit) {
   const double scaled = entry * unit;
   return std::fabs(scaled) < 1e-20 ? 0.0 : scaled;
 }
@@ -264,15 +267,15 @@ HOST_DEVICE double unit_entry(double entry, double unit) {
 // top and from the bottom, and the vectors. Returns by `squares` what a vector's entries are to be
 // divided by the root of.
 template <int kLanes>
-HOST_DEVICE void twist(const Tridiagonal& t, double tiny, const double* value, double* top,
-                       double* bottom, double* vector, Index stride, double* squares) {
+PROLORA_HOST_DEVICE void twist(const Tridiagonal& t, double tiny, const double* value, double* top,
+                               double* bottom, double* vector, Index stride, double* squares) {
   double p[kLanes], best[kLanes];
   int at[kLanes];
   const int n = t.n;
-  LANES
+  PROLORA_LANES
   for (int l = 0; l < kLanes; ++l) p[l] = t.diagonal[0] - value[l];
   for (int i = 0;; ++i) {
-    LANES
+    PROLORA_LANES
     for (int l = 0; l < kLanes; ++l) {
       p[l] = std::fabs(p[l]) < tiny ? -tiny : p[l];
       top[i * stride + l] = p[l];
@@ -280,17 +283,17 @@ HOST_DEVICE void twist(const Tridiagonal& t, double tiny, const double* value, d
     if (i + 1 == n) break;
     const double square = t.beside[i] * t.beside[i];
     const double next = t.diagonal[i + 1];
-    LANES
+    PROLORA_LANES
     for (int l = 0; l < kLanes; ++l) p[l] = next - value[l] - square / p[l];
   }
-  LANES
+  PROLORA_LANES
   for (int l = 0; l < kLanes; ++l) {
     p[l] = t.diagonal[n - 1] - value[l];
     best[l] = 1e308;
     at[l] = n - 1;
   }
   for (int i = n - 1;; --i) {
-    LANES
+    PROLORA_LANES
     for (int l = 0; l < kLanes; ++l) {
       p[l] = std::fabs(p[l]) < tiny ? -tiny : p[l];
       bottom[i * stride + l] = p[l];
@@ -302,7 +305,7 @@ HOST_DEVICE void twist(const Tridiagonal& t, double tiny, const double* value, d
     if (i == 0) break;
     const double square = t.beside[i - 1] * t.beside[i - 1];
     const double next = t.diagonal[i - 1];
-    LANES
+    PROLORA_LANES
     for (int l = 0; l < kLanes; ++l) p[l] = next - value[l] - square / p[l];
   }
   for (int l = 0; l < kLanes; ++l) {
@@ -327,8 +330,8 @@ HOST_DEVICE void twist(const Tridiagonal& t, double tiny, const double* value, d
 // Multiplies the kLanes columns of x [d, kLanes] by Q = H_0 H_1 ... H_(d-2) of tridiagonalise, or
 // by its transpose. 2 d² kLanes flops; each reflection reads and writes its part of x once.
 template <int kLanes>
-HOST_DEVICE void apply_reflections(const double* reflections, const double* tau, int d,
-                                   bool transpose, double* x) {
+PROLORA_HOST_DEVICE void apply_reflections(const double* reflections, const double* tau, int d,
+                                           bool transpose, double* x) {
   constexpr int kRows = 4;  // sums of so many rows are independent of each other
   for (int step = 0; step < d - 1; ++step) {
     const int j = transpose ? step : d - 2 - step;
@@ -336,7 +339,7 @@ HOST_DEVICE void apply_reflections(const double* reflections, const double* tau,
     const double* v = reflections + Index(j) * d;
     double sums[kRows][kLanes];
     double* head = x + Index(j + 1) * kLanes;
-    LANES
+    PROLORA_LANES
     for (int l = 0; l < kLanes; ++l) {
       sums[0][l] = head[l];
       sums[1][l] = sums[2][l] = sums[3][l] = 0;
@@ -346,23 +349,23 @@ HOST_DEVICE void apply_reflections(const double* reflections, const double* tau,
       for (int r = 0; r < kRows; ++r) {
         const double entry = v[c + r];
         const double* row = x + Index(c + r) * kLanes;
-        LANES
+        PROLORA_LANES
         for (int l = 0; l < kLanes; ++l) sums[r][l] += entry * row[l];
       }
     }
     for (; c < d; ++c) {
-      LANES
+      PROLORA_LANES
       for (int l = 0; l < kLanes; ++l) sums[0][l] += v[c] * x[Index(c) * kLanes + l];
     }
     double share[kLanes];
-    LANES
+    PROLORA_LANES
     for (int l = 0; l < kLanes; ++l) {
       share[l] = tau[j] * ((sums[0][l] + sums[1][l]) + (sums[2][l] + sums[3][l]));
       head[l] -= share[l];
     }
     for (c = j + 2; c < d; ++c) {
       double* row = x + Index(c) * kLanes;
-      LANES
+      PROLORA_LANES
       for (int l = 0; l < kLanes; ++l) row[l] -= v[c] * share[l];
     }
   }
@@ -370,14 +373,14 @@ HOST_DEVICE void apply_reflections(const double* reflections, const double* tau,
 
 // Multiplies the columns of x [d, kLanes] by T; y is another array of that size.
 template <int kLanes>
-HOST_DEVICE void multiply_tridiagonal(const Tridiagonal& t, const double* x, double* y) {
+PROLORA_HOST_DEVICE void multiply_tridiagonal(const Tridiagonal& t, const double* x, double* y) {
   for (int i = 0; i < t.n; ++i) {
     const double left = i > 0 ? t.beside[i - 1] : 0;
     const double right = i + 1 < t.n ? t.beside[i] : 0;
     const double* row = x + Index(i) * kLanes;
     const double* above = i > 0 ? row - kLanes : row;
     const double* below = i + 1 < t.n ? row + kLanes : row;
-    LANES
+    PROLORA_LANES
     for (int l = 0; l < kLanes; ++l) {
       y[Index(i) * kLanes + l] = t.diagonal[i] * row[l] + left * above[l] + right * below[l];
     }

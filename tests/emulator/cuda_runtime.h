@@ -12,18 +12,18 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-// Kernels here hold shared memory through DYNAMIC_SHARED alone, because that can be filled with NaN
-// before every block; a static variable would keep what the block before it left.
-#define __shared__ use_DYNAMIC_SHARED_instead_of_static_shared_memory
+// Kernels here hold shared memory through PROLORA_DYNAMIC_SHARED alone, because that can be filled
+// with NaN before every block; a static variable would keep what the block before it left.
+#define __shared__ use_PROLORA_DYNAMIC_SHARED_instead_of_static_shared_memory
 
 #define threadIdx (prolora::emulator::running.current->thread)
 #define blockIdx (prolora::emulator::running.index)
 #define blockDim (prolora::emulator::running.size)
 #define gridDim (prolora::emulator::running.grid_size)
 
-#define DYNAMIC_SHARED(T, name) \
+#define PROLORA_DYNAMIC_SHARED(T, name) \
   T* name = reinterpret_cast<T*>(prolora::emulator::running.dynamic_shared.data())
-#define LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                                   \
+#define PROLORA_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                           \
   prolora::emulator::launch(grid, block, shared_bytes, reinterpret_cast<const void*>(+(kernel)), \
                             [&] {                                                                \
                               (void)(stream);                                                    \

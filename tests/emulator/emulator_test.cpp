@@ -9,7 +9,7 @@ using Values = std::vector<float>;
 
 // Writes its own place of shared memory, then reads that of the mirrored thread.
 void reverse_kernel(float* out, bool barrier) {
-  DYNAMIC_SHARED(float, shared);
+  PROLORA_DYNAMIC_SHARED(float, shared);
   shared[threadIdx.x] = threadIdx.x;
   if (barrier) __syncthreads();
   out[threadIdx.x] = shared[blockDim.x - 1 - threadIdx.x];
@@ -17,7 +17,7 @@ void reverse_kernel(float* out, bool barrier) {
 
 Values reverse(int threads, bool barrier) {
   Values out(threads);
-  LAUNCH(reverse_kernel, 1, threads, sizeof(float) * threads, nullptr, out.data(), barrier);
+  PROLORA_LAUNCH(reverse_kernel, 1, threads, sizeof(float) * threads, nullptr, out.data(), barrier);
   return out;
 }
 
@@ -31,7 +31,7 @@ void masked_sum_kernel(float* out, unsigned mask, int width) {
 
 Values masked_sum(unsigned mask, int width) {
   Values out(32, -1);
-  LAUNCH(masked_sum_kernel, 1, 32, 0, nullptr, out.data(), mask, width);
+  PROLORA_LAUNCH(masked_sum_kernel, 1, 32, 0, nullptr, out.data(), mask, width);
   return out;
 }
 
@@ -42,7 +42,7 @@ void ballot_kernel(unsigned* out, unsigned mask) {
 
 std::vector<unsigned> ballot(int threads, unsigned mask) {
   std::vector<unsigned> out(threads);
-  LAUNCH(ballot_kernel, 1, threads, 0, nullptr, out.data(), mask);
+  PROLORA_LAUNCH(ballot_kernel, 1, threads, 0, nullptr, out.data(), mask);
   return out;
 }
 
@@ -56,7 +56,7 @@ void number_kernel(float* out) {
 
 Values numbers() {
   Values out(2 * 3 * 4 * 5 * 6 * 7);
-  LAUNCH(number_kernel, dim3(2, 3, 4), dim3(5, 6, 7), 0, nullptr, out.data());
+  PROLORA_LAUNCH(number_kernel, dim3(2, 3, 4), dim3(5, 6, 7), 0, nullptr, out.data());
   return out;
 }
 
@@ -68,22 +68,22 @@ void divergent_kernel() {
   }
 }
 
-void divergent() { LAUNCH(divergent_kernel, 1, 32, 0, nullptr); }
+void divergent() { PROLORA_LAUNCH(divergent_kernel, 1, 32, 0, nullptr); }
 
 void stray_read_kernel() { __shfl_xor_sync(~0u, 1, 16); }
 
-void stray_read() { LAUNCH(stray_read_kernel, 1, 16, 0, nullptr); }
+void stray_read() { PROLORA_LAUNCH(stray_read_kernel, 1, 16, 0, nullptr); }
 
 // What a block finds in shared memory before it writes there; all blocks write afterwards.
 void stale_shared_kernel(float* out) {
-  DYNAMIC_SHARED(float, shared);
+  PROLORA_DYNAMIC_SHARED(float, shared);
   out[blockIdx.x] = shared[0];
   shared[0] = 1;
 }
 
 Values stale_shared(int blocks) {
   Values out(blocks);
-  LAUNCH(stale_shared_kernel, blocks, 1, sizeof(float), nullptr, out.data());
+  PROLORA_LAUNCH(stale_shared_kernel, blocks, 1, sizeof(float), nullptr, out.data());
   return out;
 }
 
@@ -95,13 +95,13 @@ void count_kernel(float* out) {
 
 Values count(int threads) {
   Values out(threads);
-  LAUNCH(count_kernel, 1, threads, 0, nullptr, out.data());
+  PROLORA_LAUNCH(count_kernel, 1, threads, 0, nullptr, out.data());
   return out;
 }
 
 void outsider_kernel() { __shfl_xor_sync(1u, 1, 0); }
 
-void outsider() { LAUNCH(outsider_kernel, 1, 32, 0, nullptr); }
+void outsider() { PROLORA_LAUNCH(outsider_kernel, 1, 32, 0, nullptr); }
 
 void early_exit_kernel(float* out) {
   if (threadIdx.x < 32) return;
@@ -111,14 +111,14 @@ void early_exit_kernel(float* out) {
 
 Values early_exit(int threads) {
   Values out(threads);
-  LAUNCH(early_exit_kernel, 1, threads, 0, nullptr, out.data());
+  PROLORA_LAUNCH(early_exit_kernel, 1, threads, 0, nullptr, out.data());
   return out;
 }
 
 void empty_kernel() {}
 
 void launch(int grid, int threads, int shared_bytes) {
-  LAUNCH(empty_kernel, grid, threads, shared_bytes, nullptr);
+  PROLORA_LAUNCH(empty_kernel, grid, threads, shared_bytes, nullptr);
 }
 
 // Not seen as wrong: between two barriers a thread runs without interruption.
@@ -126,7 +126,7 @@ void lost_update_kernel(float* out) { *out += 1; }
 
 float lost_update() {
   float count = 0;
-  LAUNCH(lost_update_kernel, 1, 64, 0, nullptr, &count);
+  PROLORA_LAUNCH(lost_update_kernel, 1, 64, 0, nullptr, &count);
   return count;
 }
 
@@ -153,14 +153,15 @@ void product_kernel(const float* a, const float* b, float c, float* out, bool sw
 
 Values product(const Values& a, const Values& b, float c, int lanes, bool swap, bool round) {
   Values out(16 * 8);
-  LAUNCH(product_kernel, 1, lanes, 0, nullptr, a.data(), b.data(), c, out.data(), swap, round);
+  PROLORA_LAUNCH(product_kernel, 1, lanes, 0, nullptr, a.data(), b.data(), c, out.data(), swap,
+                 round);
   return out;
 }
 
 // Two copies by one thread, each in a group of its own; the second one of three numbers. Then
 // waits for both, one or none of the groups, and reads the eight numbers.
 void copy_kernel(const float* from, float* out, int wait_for) {
-  DYNAMIC_SHARED(float, shared);
+  PROLORA_DYNAMIC_SHARED(float, shared);
   for (int i = 0; i < 2; ++i) {
     prolora::ptx::copy_16_bytes(shared + 4 * i, from + 4 * i, 16 - 4 * i);
     prolora::ptx::end_copy_group();
@@ -173,7 +174,7 @@ void copy_kernel(const float* from, float* out, int wait_for) {
 Values copy(int wait_for, int misaligned) {
   alignas(16) const float from[12] = {1, 2, 3, 4, 5, 6, 7, 8, 9};
   Values out(8);
-  LAUNCH(copy_kernel, 1, 1, 32, nullptr, from + misaligned, out.data(), wait_for);
+  PROLORA_LAUNCH(copy_kernel, 1, 1, 32, nullptr, from + misaligned, out.data(), wait_for);
   return out;
 }
 
