@@ -48,7 +48,9 @@ namespace prolora {
 using Index = std::int64_t;
 
 PROLORA_HOST_DEVICE Index ceil_div(Index a, Index b) { return (a + b - 1) / b; }
-PROLORA_HOST_DEVICE Index smaller(Index a, Index b) { return a < b ? a : b; }
+// nvcc calls std::min and std::max in device code only with --expt-relaxed-constexpr.
+PROLORA_HOST_DEVICE Index min_index(Index a, Index b) { return a < b ? a : b; }
+PROLORA_HOST_DEVICE Index max_index(Index a, Index b) { return a > b ? a : b; }
 
 // Quotient and remainder of a number of blocks, which fits in 32 bits as a grid does: a GPU divides
 // 64 bits in a hundred instructions.

@@ -37,8 +37,8 @@ double overlap_block(const SubspaceOverlapArgs<T>& args, Index block) {
   const OverlapGroup<T>& group = args.groups[place.group];
   T c[kOverlapBlock * kOverlapBlock];
   overlap_product(SerialTile<T>{nullptr}, group, place, c, kOverlapBlock);
-  const Index rows = smaller(kOverlapBlock, group.ks - place.row * kOverlapBlock);
-  const Index cols = smaller(kOverlapBlock, group.kt - place.col * kOverlapBlock);
+  const Index rows = min_index(kOverlapBlock, group.ks - place.row * kOverlapBlock);
+  const Index cols = min_index(kOverlapBlock, group.kt - place.col * kOverlapBlock);
   double total = 0;
   for (Index i = 0; i < rows; ++i) total += row_square(c + i * kOverlapBlock, cols);
   return total;
@@ -234,7 +234,8 @@ void each_group(const Args& args, F f) {
                                                    kParallelFlops)
   for (Index job = 0; job < args.batch * groups; ++job) {
     const Index first = job % groups * kGroup;
-    f(tridiagonal_of(args, job / groups), job / groups, first, smaller(kGroup, args.count - first));
+    f(tridiagonal_of(args, job / groups), job / groups, first,
+      min_index(kGroup, args.count - first));
   }
 }
 
@@ -258,7 +259,7 @@ void tridiagonal_vectors_cpu(const TridiagonalVectorsArgs<double>& args) {
             : Reflections{nullptr, nullptr};
     double values[kGroup];
     double* x = scratch.get() + 2 * kGroup * t.n;
-    for (Index l = 0; l < kGroup; ++l) values[l] = args.values[at + smaller(l, count - 1)];
+    for (Index l = 0; l < kGroup; ++l) values[l] = args.values[at + min_index(l, count - 1)];
     find_vectors(t, q, values, scratch.get(), x);
     for (Index l = 0; l < count; ++l) {
       double* row = args.vectors + (at + l) * t.n;

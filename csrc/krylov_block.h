@@ -108,11 +108,11 @@ PROLORA_HOST_DEVICE void thin_product(const Tile& tile, const ThinProduct<Stored
   const Index at =
       Operand::kAlongDepth ? i0 * product.a_stride + first : first * product.a_stride + i0;
   const Operand a{product.a + matrix * product.a_batch + at, product.a_stride,
-                  smaller(Tile::kRows, product.rows - i0)};
+                  min_index(Tile::kRows, product.rows - i0)};
   const AlongDepth<float> x{product.x + matrix * product.x_batch + j0 * product.depth + first,
-                            product.depth, smaller(Tile::kCols, product.cols - j0)};
+                            product.depth, min_index(Tile::kCols, product.cols - j0)};
   float* stage = tile.stage();
-  tile.product(a, x, smaller(parts.length, product.depth - first),
+  tile.product(a, x, min_index(parts.length, product.depth - first),
                [&](Index i, Index j, float sum) { stage[j * Tile::kStageStride + i] = sum; });
   const Index stride = product.rows;
   float* to = y + j0 * stride + i0;

@@ -196,7 +196,7 @@ inline int panel_threads(Index r, Index m) {
   const Index side = ceil_div(r, 4);
   const Index sums = side * (side + 1) / 2;
   const Index columns = ceil_div(m, 32 * PanelPack::kSize);
-  return 32 * int(smaller(kPanelWarps, sums > columns ? sums : columns));
+  return 32 * int(min_index(kPanelWarps, sums > columns ? sums : columns));
 }
 
 constexpr double kDependent = 1e-6;
@@ -292,7 +292,7 @@ PROLORA_HOST_DEVICE void factor_gram(const Block& block, const PanelWorkspace& w
     const double pivot = w.gram[triangle(i) + i];
     w.inverse[i] = pivot > w.limit[i] ? 1 / pivot : 0.0;
   };
-  block.each(smaller(r, 1), [&](int) { take_pivot(0); });
+  block.each(min_index(r, 1), [&](int) { take_pivot(0); });
   for (int j = 0; j + 1 < r; ++j) {
     block.each_warp(r - j - 1, [&](const auto& warp, int n) {
       const int i = j + 1 + n;
@@ -361,7 +361,7 @@ PROLORA_HOST_DEVICE void substitute(const Block& block, const PackedRows& q,
   };
   block.each_warp(chunks, [&](const auto& warp, int chunk) {
     const int begin = chunk * kChunk;
-    warp.in_order(int(smaller(kChunk, q.packs() - begin)),
+    warp.in_order(int(min_index(kChunk, q.packs() - begin)),
                   [&](int n) { substitute_pack(begin + n); });
   });
 }

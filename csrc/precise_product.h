@@ -164,9 +164,9 @@ PROLORA_HOST_DEVICE void precise_product(const Tile& tile, const PreciseProductA
   const Index row = matrix * args.rows + i0;
   const Index col = (with_itself ? 0 : args.batch * args.rows) + matrix * args.cols + j0;
   const DigitRows x{args.digits + row * args.pitch, step, args.pitch,
-                    smaller(Tile::kRows, args.rows - i0)};
+                    min_index(Tile::kRows, args.rows - i0)};
   const DigitRows y{args.digits + col * args.pitch, step, args.pitch,
-                    smaller(Tile::kCols, args.cols - j0)};
+                    min_index(Tile::kCols, args.cols - j0)};
   double* to = args.product + matrix * args.rows * args.cols;
   tile.product(x, y, [&](int i, int j, double sum) {
     const double value = sum * args.scales[row + i] * args.scales[col + j];

@@ -113,7 +113,7 @@ CoefficientGrid coefficient_grid(const ProjectRows<T>& rows, Index batch) {
 // Numbers that C takes at most, before its parts.
 template <class T>
 Index coefficient_room(const ProjectPairArgs<T>& args) {
-  return args.batch * 2 * args.r * larger(args.ks, args.kt);
+  return args.batch * 2 * args.r * max_index(args.ks, args.kt);
 }
 
 template <class Tile, class T>
@@ -166,7 +166,7 @@ Index project_pair_scratch_cuda(Index batch, Index m, Index ks, Index kt, Index 
     const ProjectRows<float> rows = project_rows(args, step);
     on_tile(rows.rows, [&](auto tile) {
       const Index parts = coefficient_grid<typename decltype(tile)::Type>(rows, batch).parts.count;
-      if (parts > 1) most = larger(most, parts * batch * rows.rows * rows.k);
+      if (parts > 1) most = max_index(most, parts * batch * rows.rows * rows.k);
     });
   }
   return coefficient_room(args) + most;
@@ -175,7 +175,7 @@ Index project_pair_scratch_cuda(Index batch, Index m, Index ks, Index kt, Index 
 template <class T>
 void project_pair_cuda(const ProjectPairArgs<T>& args, std::uintptr_t stream) {
   if (args.batch * args.m * args.r == 0) return;
-  if (larger(args.m, larger(args.ks, args.kt)) > kMaxStride) {
+  if (max_index(args.m, max_index(args.ks, args.kt)) > kMaxStride) {
     throw std::runtime_error("project_pair: rows of more than 2^24 numbers");
   }
   run_step<ProjectStep::kSplit>(args, to_stream(stream));

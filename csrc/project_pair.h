@@ -71,8 +71,6 @@ PROLORA_HOST_DEVICE bool row_cancelled(const Warp& warp, const ProjectRows<T>& r
   return left < kCancelled * had;
 }
 
-PROLORA_HOST_DEVICE Index larger(Index a, Index b) { return a > b ? a : b; }
-
 // Tile (tile_row, tile_col) of Cᵀ = Uᵀ Yᵀ for one matrix, summed over a part of the depth, into
 // c [rows, k].
 template <class Tile, class T>
@@ -84,11 +82,11 @@ PROLORA_HOST_DEVICE void project_coefficients(const Tile& tile, const ProjectRow
   const Index m = rows.m;
   const Index k = rows.k;
   const Index first = part * parts.length;
-  const AlongTile<T> u{rows.u + (matrix * m + first) * k + i0, k, smaller(Tile::kRows, k - i0)};
+  const AlongTile<T> u{rows.u + (matrix * m + first) * k + i0, k, min_index(Tile::kRows, k - i0)};
   const AlongDepth<T> y{rows.y + matrix * rows.stride + j0 * m + first, m,
-                        smaller(Tile::kCols, rows.rows - j0)};
+                        min_index(Tile::kCols, rows.rows - j0)};
   T* stage = tile.stage();
-  tile.product(u, y, smaller(parts.length, m - first),
+  tile.product(u, y, min_index(parts.length, m - first),
                [&](Index i, Index j, T sum) { stage[j * Tile::kStageStride + i] = sum; });
   T* to = c + j0 * k + i0;
   tile.each_pack(u.size, y.size, in_packs(to, k),
@@ -106,9 +104,9 @@ PROLORA_HOST_DEVICE void project_apply(const Tile& tile, const ProjectPairArgs<T
   const Index m = args.m;
   const Index r = args.r;
   const Index k = rows.k;
-  const AlongDepth<T> u{rows.u + (matrix * m + i0) * k, k, smaller(Tile::kRows, m - i0)};
+  const AlongDepth<T> u{rows.u + (matrix * m + i0) * k, k, min_index(Tile::kRows, m - i0)};
   const AlongDepth<T> c{args.coefficients + (matrix * rows.rows + j0) * k, k,
-                        smaller(Tile::kCols, rows.rows - j0)};
+                        min_index(Tile::kCols, rows.rows - j0)};
   const Index rest = r * m;  // from a row of the range to that of the complement
   const T* x = args.x + matrix * rest;
   T* split = args.split + 2 * matrix * rest;

@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(kMaxThreads<kShared>, 1) small_svd_kernel(Smal
 // small ones several share it.
 int threads_for(Index n, int max_threads) {
   const Index most = n > 64 ? 32 : n > 32 ? 16 : 8;
-  return int(smaller(32 * smaller(ceil_div(n, 2), most), max_threads));
+  return int(min_index(32 * min_index(ceil_div(n, 2), most), max_threads));
 }
 
 template <class T>

@@ -28,8 +28,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
     const OverlapPlace place = overlap_place(args, blockIdx.x);
     const OverlapGroup<float>& group = args.groups[place.group];
     // What is needed after the product takes two registers.
-    const int rows = int(smaller(kOverlapBlock, group.ks - place.row * kOverlapBlock));
-    const int cols = int(smaller(kOverlapBlock, group.kt - place.col * kOverlapBlock));
+    const int rows = int(min_index(kOverlapBlock, group.ks - place.row * kOverlapBlock));
+    const int cols = int(min_index(kOverlapBlock, group.kt - place.col * kOverlapBlock));
     overlap_product(Tile{shared->tile}, group, place, shared->c, kStride);
     __syncthreads();
     if (threadIdx.x < 32) {

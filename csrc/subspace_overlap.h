@@ -44,11 +44,11 @@ PROLORA_HOST_DEVICE void overlap_product(const Tile& tile, const OverlapGroup<T>
   const Index i0 = place.row * kOverlapBlock;
   const Index j0 = place.col * kOverlapBlock;
   const AlongTile<T> us{group.us + place.matrix * group.m * group.ks + i0, group.ks,
-                        smaller(kOverlapBlock, group.ks - i0)};
-  const Index cols = smaller(kOverlapBlock, group.kt - j0);
+                        min_index(kOverlapBlock, group.ks - i0)};
+  const Index cols = min_index(kOverlapBlock, group.kt - j0);
   for (Index j = 0; j < cols; j += Tile::kCols) {
     const AlongTile<T> ut{group.ut + place.matrix * group.m * group.kt + j0 + j, group.kt,
-                          smaller(Tile::kCols, cols - j)};
+                          min_index(Tile::kCols, cols - j)};
     tile.product(us, ut, group.m, [&](Index i, Index jj, T sum) { c[i * stride + j + jj] = sum; });
   }
 }

@@ -76,7 +76,7 @@ struct TensorTile {
     Stored* slice = reinterpret_cast<Stored*>(room);
     const Stored* data = from.data + p0 * from.depth_step();
     const int stride = int(from.stride);
-    const int left = int(smaller(depth - p0, kDepth));
+    const int left = int(min_index(depth - p0, kDepth));
     const int length = Operand::kAlongDepth ? left : int(from.size);
     const int rows = Operand::kAlongDepth ? int(from.size) : left;
     // The threads take whole rows, so that only the row changes from one copy to the next.

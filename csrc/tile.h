@@ -111,7 +111,7 @@ struct DepthParts {
 inline DepthParts depth_parts(Index tiles, Index depth, Index blocks) {
   constexpr Index kShortest = 256;
   constexpr Index kStep = 32;  // a tile's slices, and 16 bytes
-  const Index most = tiles > 0 ? smaller(blocks / tiles, depth / kShortest) : 1;
+  const Index most = tiles > 0 ? min_index(blocks / tiles, depth / kShortest) : 1;
   if (most <= 1) return {1, depth};
   const Index length = ceil_div(ceil_div(depth, most), kStep) * kStep;
   return {ceil_div(depth, length), length};
@@ -210,7 +210,7 @@ struct CudaTile {
     __device__ __forceinline__ void read(const Operand& from, Index p0, Index depth, bool aligned) {
       using Stored = typename Operand::Number;
       const Stored* data = from.data + p0 * from.depth_step();
-      const int left = int(smaller(depth - p0, kDepth));
+      const int left = int(min_index(depth - p0, kDepth));
       const int size = int(from.size);
       const int stride = int(from.stride);
 #pragma unroll
