@@ -7,7 +7,8 @@
 
 A figure is a ratio: CPU seconds of prolora over those of the baseline, timed in turns in one run,
 the minimum of each. Weights are generated: a power law of singular values, or white (random). Keep
-the machine quiet. `--check` prints only, if the processor or torch is another than the kept one's.
+the machine quiet. `--check` compares nothing if the processor or torch is another than the kept
+one's. `pytest bench/test_small_batches.py` runs the same rows as benchmarks.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import prolora
 KEPT = Path(__file__).parent / "results" / "small_batches.json"
 # Slower by this share than the kept ratio is a failure.
 SLOWER = 0.15
+LARGEST = 2560
 Update = Tensor | tuple[Tensor, Tensor]
 # (size, number of weights): powers of the spectrum i^-p, 0 for white.
 SQUARES = {
@@ -134,18 +136,38 @@ def describe_machine() -> dict[str, str]:
     return {"processor": processor, "torch": torch.__version__}
 
 
-def find_slower(rows: dict[str, float], kept: dict[str, object]) -> list[str]:
-    """Lists the rows that are slower than the kept ones; none on another machine."""
-    if {name: kept[name] for name in ("processor", "torch")} != describe_machine():
-        return []
-    before = kept["ratios"]
-    assert isinstance(before, dict)
-    limits = {name: before[name] * (1 + SLOWER) for name in rows if name in before}
+def find_slower(rows: dict[str, float], kept: dict[str, float]) -> list[str]:
+    """Lists the rows whose ratio is more than SLOWER above the kept one."""
     return [
-        f"{name}: {rows[name]:.2f}, kept {before[name]:.2f}"
-        for name, limit in limits.items()
-        if rows[name] > limit
+        f"{name}: {ratio:.2f}, kept {kept[name]:.2f}"
+        for name, ratio in rows.items()
+        if name in kept and ratio > kept[name] * (1 + SLOWER)
     ]
+
+
+def check_ratios(rows: dict[str, float], file: Path) -> int:
+    """Prints what is slower than the ratios in `file`; returns 1 if any row is.
+
+    Returns 0 if there is no file, or if it is of another processor or torch: times of two machines
+    cannot be compared.
+    """
+    if not file.is_file():
+        print(f"no ratios are kept in {file.name}: run with --save")
+        return 0
+    kept, here = json.loads(file.read_text()), describe_machine()
+    there = {name: kept[name] for name in here}
+    if there != here:
+        print(f"not compared: {file.name} is of {there}, this is {here}")
+        return 0
+    missing = rows.keys() - kept["ratios"].keys()
+    if missing:
+        print("without a kept ratio:", *sorted(missing), sep="\n  ")
+    slower = find_slower(rows, kept["ratios"])
+    if slower:
+        print(f"slower by more than {SLOWER:.0%}:", *slower, sep="\n  ")
+    else:
+        print(f"no row of {len(rows) - len(missing)} is slower by more than {SLOWER:.0%}")
+    return int(bool(slower))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -154,8 +176,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--save", action="store_true", help="keep the ratios")
     parser.add_argument("--check", action="store_true", help="compare with the kept ratios")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--largest", type=int, default=2560, help="the longest side")
+    parser.add_argument("--largest", type=int, default=LARGEST, help="the longest side")
     options = parser.parse_args(arguments)
+    if options.threads != 1 and (options.save or options.check):
+        parser.error("kept ratios are CPU seconds on one thread: leave --threads out")
+    if options.save and options.largest != LARGEST:
+        parser.error("--save keeps the whole table: leave --largest out")
     torch.set_num_threads(options.threads)
     clock = time.process_time if options.threads == 1 else time.perf_counter
     rows = dict[str, float]()
@@ -173,12 +199,8 @@ def main(arguments: list[str] | None = None) -> int:
         facts = {"date": str(date.today()), "commit": commit, "command": "--save"}
         kept = describe_machine() | facts | {"ratios": {x: round(y, 3) for x, y in rows.items()}}
         KEPT.write_text(json.dumps(kept, indent=1) + "\n")
-    if options.check and not KEPT.is_file():
-        print(f"no ratios are kept in {KEPT.name}: run with --save")
-    elif options.check:
-        slower = find_slower(rows, json.loads(KEPT.read_text()))
-        print(*slower, sep="\n")
-        return bool(slower)
+    if options.check:
+        return check_ratios(rows, KEPT)
     return 0
 
 

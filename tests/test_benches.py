@@ -66,9 +66,41 @@ def test_small_batches_compares_equal_results():
             assert float((found - exact).norm()) <= 1e-3 * float(exact.norm()), name
 
 
-def test_small_batches_fails_at_15_percent_on_the_same_machine_only():
+@pytest.mark.parametrize(
+    ("ratio", "machine", "code", "printed"),
+    [
+        (0.6, {}, 1, "a: 0.60, kept 0.50"),
+        (0.55, {}, 0, "no row of 1 is slower"),
+        (0.6, {"processor": "another"}, 0, "not compared"),
+        (0.6, {"torch": "0.1"}, 0, "not compared"),
+    ],
+)
+def test_small_batches_fails_at_15_percent_on_the_same_machine_only(
+    ratio, machine, code, printed, tmp_path, capsys
+):
     import small_batches
 
-    kept = small_batches.describe_machine() | {"ratios": {"a": 0.5, "b": 0.5}}
-    assert small_batches.find_slower({"a": 0.6, "b": 0.55}, kept) == ["a: 0.60, kept 0.50"]
-    assert not small_batches.find_slower({"a": 0.6}, kept | {"processor": "another"})
+    file = tmp_path / "kept.json"
+    kept = small_batches.describe_machine() | machine | {"ratios": {"a": 0.5}}
+    file.write_text(json.dumps(kept))
+    assert small_batches.check_ratios({"a": ratio}, file) == code
+    assert printed in capsys.readouterr().out
+
+
+def test_small_batches_reports_rows_and_files_without_ratios(tmp_path, capsys):
+    import small_batches
+
+    file = tmp_path / "kept.json"
+    assert small_batches.check_ratios({"new": 9.0}, file) == 0
+    assert "no ratios are kept" in capsys.readouterr().out
+    file.write_text(json.dumps(small_batches.describe_machine() | {"ratios": {}}))
+    assert small_batches.check_ratios({"new": 9.0}, file) == 0
+    assert "without a kept ratio:\n  new" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("options", [["--threads", "2"], ["--largest", "64"]])
+def test_small_batches_keeps_only_the_whole_table_on_one_thread(options):
+    import small_batches
+
+    with pytest.raises(SystemExit, match="2"):
+        small_batches.main(["--save", *options])
