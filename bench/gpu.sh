@@ -10,7 +10,8 @@
 #   bash bench/gpu.sh sanitize   compute-sanitizer over each kernel
 #
 # Every number is appended to $OUT/results.jsonl (default: out/) when it is known; logs are in
-# $OUT/logs.tar.gz, the only other file there. A number beyond its limit, NaN, or no GPU that runs the
+# $OUT/logs.tar.gz. Each call ends by writing all numbers so far into $OUT/gpu.json and printing
+# where to send that file; `python -m gpu.render` reads it, too. A number beyond its limit, NaN, or no GPU that runs the
 # kernels fails the call (1); a step that there was no time for leaves it incomplete (2). Nothing touches the clocks. COMMIT names the commit in a copy without history. A call runs what is neither there nor in bench/results/gpu.jsonl, for this card
 # and these sources, and ends in time. `python -m gpu.render` makes the tables of the results.
 # --dry (or DRY=1): everything on the CPU at toy size, which says whether the script works.

@@ -246,14 +246,28 @@ def test_a_stack_that_a_card_cannot_hold_ends_the_larger_ones_and_no_step(bench,
     assert 277 not in anchors.list_batches(bench, 1280) and 277 in anchors.list_batches(bench, 544)
 
 
-def test_two_files_at_most_are_brought_back(bench):
+def test_three_files_are_brought_back(bench):
     bench.out = bench.out / "out"
     bench.out.mkdir()
     bench.record("time", 1.0, "ms")
     for name in ("a.txt", "b.txt"):
         (bench.logs / name).write_text("x")
     check.pack_logs(bench.out)
-    assert sorted(p.name for p in bench.out.iterdir()) == ["logs.tar.gz", "results.jsonl"]
+    results.pack_results(bench.out)
+    files = ["gpu.json", "logs.tar.gz", "results.jsonl"]
+    assert sorted(p.name for p in bench.out.iterdir()) == files
+
+
+def test_a_call_ends_with_one_json_file_and_where_to_send_it(bench, monkeypatch, capsys):
+    monkeypatch.setattr(check, "run_call", lambda *_: 0)
+    assert check.main(["ours", "--dry", "--out", str(bench.out)]) == 0
+    assert not (bench.out / "gpu.json").exists()  # nothing was measured
+    bench.record("time", 1.0, "ms")
+    capsys.readouterr()
+    assert check.main(["ours", "--dry", "--out", str(bench.out)]) == 0
+    file = bench.out / "gpu.json"
+    assert capsys.readouterr().out == f"Results: {file}. {check.SEND}\n"
+    assert results.read_lines([file]) == results.read_lines([bench.results])
 
 
 def test_tools_watch_the_kernels_of_prolora_alone_and_touch_no_clock(on_a_card, monkeypatch):

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from . import build, calls
 from .machine import ROOT, describe_machine
-from .results import FINISHED, finished_steps, read_lines
+from .results import FINISHED, finished_steps, pack_results, read_lines
 from .steps import Bench
 
 BUDGET = 465.0
@@ -30,6 +30,7 @@ BUDGET = 465.0
 LOAN = 570.0
 """Seconds of a call with the build before it. A machine is lent for ten minutes at a time."""
 FAILED, INCOMPLETE = 1, 2
+SEND = "Attach this file to an issue of the project."
 GRACE = 8.0
 """A step may run over so many seconds before it is killed."""
 WORKER = [sys.executable, "-m", "gpu.worker"]
@@ -52,6 +53,9 @@ def main(arguments: list[str] | None = None) -> int:
             ends.add(run_call(bench, deadline, words.known))
     finally:
         pack_logs(out)
+        sent = pack_results(out)
+    if sent:
+        print(f"Results: {sent}. {SEND}", flush=True)
     return FAILED if FAILED in ends else max(ends, default=0)
 
 

@@ -59,10 +59,18 @@ def append_line(path: Path, line: Line) -> None:
 
 
 def read_lines(paths: Iterable[Path]) -> list[Line]:
-    """The lines of several files; a last line that was cut off is left out."""
+    """The lines of several files; a last line that was cut off is left out.
+
+    A file whose name ends in .json is one array, as `pack_results` writes it.
+    """
     lines = []
     for path in paths:
-        if path.exists():
+        if path.suffix == ".json":
+            packed = json.loads(path.read_text("utf-8"))
+            for line in packed:
+                check_line(line)
+            lines.extend(packed)
+        elif path.exists():
             for text in path.read_text("utf-8").splitlines():
                 try:
                     lines.append(json.loads(text))
@@ -81,3 +89,13 @@ def finished_steps(lines: Iterable[Line], call: str, card: str, sources: str) ->
         if (line["call"], line["card"], line["sources"], line["name"]) == wanted
         and "error" not in line
     }
+
+
+def pack_results(out: Path) -> Path | None:
+    """Writes all results of a folder as one JSON array, out/gpu.json; None if there are none."""
+    lines = read_lines([out / "results.jsonl"])
+    if not lines:
+        return None
+    file = out / "gpu.json"
+    file.write_text(json.dumps(lines, ensure_ascii=False, indent=1) + "\n", "utf-8")
+    return file
