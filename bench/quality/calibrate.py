@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -71,7 +72,7 @@ def read_rows() -> list[tuple[str, str, dict[str, Any], PairVerdict]]:
                 continue
             kind, size = row.get("kind") or row["direction"], facts.get("size")
             size = sizes[world].get(row["adapter"], size)
-            verdict = PairVerdict(*(facts[name] for name in ("drift", "cosine", "spread")), size)
+            verdict = PairVerdict(facts["drift"], facts["cosine"], size)
             row |= {end: row["losses"][end] for end in ("none", "oracle") if end not in row}
             found.append((world, f"{kind} {row.get('arch', '')}", row, verdict))
     return found
@@ -150,6 +151,41 @@ def choose_range(scores: Sequence[Score], headline: str) -> tuple[float, float] 
     return (low, high) if kept else None
 
 
+def rank_numbers(values: Sequence[float]) -> list[float]:
+    """Ranks from 1; equal values get the mean of their ranks."""
+    order = sorted(values)
+    return [order.index(x) + (order.count(x) + 1) / 2 for x in values]
+
+
+def correlate_ranks(x: Sequence[float], y: Sequence[float]) -> float:
+    """Spearman's rank correlation; NaN if either has one value only."""
+    a, b = rank_numbers(x), rank_numbers(y)
+    if len(set(a)) < 2 or len(set(b)) < 2:
+        return math.nan
+    return statistics.correlation(a, b)
+
+
+def collect_changed() -> dict[str, list[tuple[dict[str, float], float]]]:
+    """World -> statistics of the weights, and the share that a copy gave, in the class *changed*.
+
+    One entry for each target: the mean over its LoRAs. *spread* is the effective rank of the drift
+    relative to noise's; prolora does not compute it any more, and the stored rows have it.
+    """
+    targets: dict[tuple[str, str], list[tuple[dict[str, float], float]]] = defaultdict(list)
+    for world, kind, row, verdict in read_rows():
+        share = recovered(row, "copy @ 1")
+        group = classify(verdict, kind.startswith(PRUNED), kind.startswith(FEW_STEP))
+        if group == "changed" and verdict.size and share is not None and math.isfinite(share):
+            ratio = verdict.drift / verdict.size
+            facts = {"drift/size": ratio, "spread": float(row["verdict"]["spread"])}
+            targets[world, kind].append((facts, share))
+    found: dict[str, list[tuple[dict[str, float], float]]] = defaultdict(list)
+    for (world, _), rows in targets.items():
+        means = {name: statistics.fmean(facts[name] for facts, _ in rows) for name in rows[0][0]}
+        found[world].append((means, statistics.fmean(share for _, share in rows)))
+    return found
+
+
 def main() -> None:
     print("| class | kinds, LoRAs | share | word right | range holds | world by world | printed |")
     print("|---|---|---|---|---|---|---|")
@@ -162,6 +198,16 @@ def main() -> None:
         cells += ["–" if math.isnan(x) else f"{x:.2f}" for x in (trial.right, trial.held)]
         cells += [each or "–", "yes" if choose_range(scores, headline) else "no"]
         print(f"| {' | '.join(cells)} |")
+    print()
+    print("| changed: rank correlation with the share | targets | drift/size | spread |")
+    print("|---|---|---|---|")
+    for world, rows in collect_changed().items():
+        shares = [share for _, share in rows]
+        cells = [
+            f"{correlate_ranks([facts[name] for facts, _ in rows], shares):.2f}"
+            for name in ("drift/size", "spread")
+        ]
+        print(f"| {world} | {len(rows)} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

@@ -17,28 +17,23 @@ LARGE = 0.2  # of a LoRA, beside the weights that it changes
 @pytest.mark.parametrize(
     ("verdict", "cut", "few_steps", "group"),
     [
-        (PairVerdict(0.0, 1.0, 1.0), False, False, "same"),
-        (PairVerdict(0.0, 1.0, 1.0), False, True, "same"),
-        (PairVerdict(0.035, 0.999, 0.32, LARGE), False, False, "alike"),
-        (PairVerdict(0.035, 0.999, 0.32), False, False, "changed"),
-        (PairVerdict(0.3, 0.96, 0.55, LARGE), False, True, "few-step"),
-        (PairVerdict(0.16, 0.99, 0.27, LARGE), False, False, "changed"),
-        (PairVerdict(0.16, 0.99, 0.27, LARGE), True, False, "cut"),
-        (PairVerdict(1.4, 0.0, 0.8, LARGE), True, True, "apart"),
-        (PairVerdict(0.6, 0.88, 0.43, LARGE), False, True, "few-step"),
-        (PairVerdict(0.6, 0.88, 0.43, LARGE), True, False, "distant"),
+        (PairVerdict(0.0, 1.0), False, False, "same"),
+        (PairVerdict(0.0, 1.0), False, True, "same"),
+        (PairVerdict(0.035, 0.999, LARGE), False, False, "alike"),
+        (PairVerdict(0.035, 0.999), False, False, "changed"),
+        (PairVerdict(0.3, 0.96, LARGE), False, True, "few-step"),
+        (PairVerdict(0.16, 0.99, LARGE), False, False, "changed"),
+        (PairVerdict(0.16, 0.99, LARGE), True, False, "cut"),
+        (PairVerdict(1.4, 0.0, LARGE), True, True, "apart"),
+        (PairVerdict(0.6, 0.88, LARGE), False, True, "few-step"),
+        (PairVerdict(0.6, 0.88, LARGE), True, False, "distant"),
         # The same drift is little beside a large LoRA, and much beside a small one.
-        (PairVerdict(0.006, 0.999, 0.05, size=0.03), False, False, "alike"),
-        (PairVerdict(0.006, 0.999, 0.05, size=0.01), False, False, "changed"),
+        (PairVerdict(0.006, 0.999, size=0.03), False, False, "alike"),
+        (PairVerdict(0.006, 0.999, size=0.01), False, False, "changed"),
     ],
 )
 def test_a_pair_falls_into_one_class(verdict, cut, few_steps, group):
     assert classify(verdict, cut, few_steps) == group
-
-
-@pytest.mark.parametrize("spread", [0.1, 0.45, 0.6, 0.9])
-def test_a_long_training_of_another_look_is_never_called_alike(spread):
-    assert classify(PairVerdict(0.3, 0.96, spread, size=0.2), False, False) == "changed"
 
 
 def test_a_number_is_printed_only_with_a_check_mark_and_where_it_says_something():

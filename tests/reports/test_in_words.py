@@ -10,8 +10,8 @@ from prolora.moving.transfer_report import A_VECTOR, judge, name_amount
 
 MATHS = re.compile(r"energy|coverage|module|drift|cosine|norm\b|Φ|κ|update|subspace|basis|--")
 
-RELATED, CHANGED = PairVerdict(0.1, 0.99, 0.5, size=0.3), PairVerdict(0.15, 0.99, 0.3)
-DISTANT, APART = PairVerdict(0.9, 0.8, 0.5), PairVerdict(1.4, 0.0, 0.1)
+RELATED, CHANGED = PairVerdict(0.1, 0.99, size=0.3), PairVerdict(0.15, 0.99)
+DISTANT, APART = PairVerdict(0.9, 0.8), PairVerdict(1.4, 0.0)
 NAMES = ("s", "t")
 
 
@@ -28,7 +28,7 @@ NAMES = ("s", "t")
         (RELATED, 1.0, True, "⚠", "t draws in few steps", "at strength 1 to 1.25"),
         (DISTANT, 1.0, False, "⚠", "may work or not: s and t are far apart", "`fit()`"),
         (APART, 1.0, False, "✖", "nothing in common", "train it on t"),
-        (PairVerdict(0.0, 1.0, 0.0), 1.0, False, "✔", "works as it is", "at strength 1."),
+        (PairVerdict(0.0, 1.0), 1.0, False, "✔", "works as it is", "at strength 1."),
         (None, 1.0, False, "⚠", "were not compared", ""),
     ],
 )

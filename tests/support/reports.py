@@ -56,7 +56,7 @@ def make_report(rows: list[ModuleReport] | None = None, **fields: Any) -> Transf
         "source": "sdxl",
         "target": "ssd-1b",
         "asked": "prolora",
-        "verdict": PairVerdict(0.15, 0.98, 0.05),
+        "verdict": PairVerdict(0.15, 0.98),
         "seconds": {"read": 0.5},
         "provenance": {"version": "1.0", "source_hash": "sha256:aa", "lora_hash": "sha256:cc"},
     }

@@ -16,7 +16,8 @@ FARTHEST = 0.5
 ALIKE_RATIO = 0.4
 """Models that differ by less than this part of the LoRA's own size are alike.
 
-How the difference is spread counts for nothing: long training of another look spreads it, too."""
+The effective rank of the difference was tried as well and decided nothing: long training of another
+look raises it, too."""
 
 
 @dataclass(frozen=True)

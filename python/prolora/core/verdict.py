@@ -27,14 +27,12 @@ class PairVerdict:
     Attributes:
         drift: ‖W_t − W_s‖/‖W_s‖ over the modules that matter.
         cosine: ⟨W_s, W_t⟩/(‖W_s‖‖W_t‖) over them.
-        spread: over how many directions the drift is spread, see `Affinity.spread`.
         size: ‖ΔW_s‖/‖W_s‖ of the LoRA over the modules that were compared; None where no LoRA is
             asked about.
     """
 
     drift: float
     cosine: float
-    spread: float
     size: float | None = None
 
     @property
@@ -69,7 +67,7 @@ def judge_pairs(affinities: Iterable[Affinity]) -> PairVerdict:
     else:
         rest = Affinity.total(x for x in affinities if x.cosine >= STRANGE_COSINE)
     judged = rest if 2 * rest.source >= total.source > 0 else total
-    return PairVerdict(judged.drift, judged.cosine, judged.spread)
+    return PairVerdict(judged.drift, judged.cosine)
 
 
 STRANGER = f"its weight and its partner's have nothing in common (cosine below {STRANGE_COSINE})"
