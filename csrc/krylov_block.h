@@ -130,8 +130,12 @@ PROLORA_HOST_DEVICE double total_length(const double* squares, int r) {
   return std::sqrt(sum);
 }
 
-// Orthonormal rows q of what is left of the image, which q may replace, without what is `scale`
-// times 1e-6 or less: a panel that panel_qr gives up adds nothing.
+// Of a unit row whose component in the basis has been subtracted, this much must be left, or the row
+// is dropped: it consisted of rounding errors of the first subtraction.
+constexpr double kOutside = 1e-2;
+
+// Orthonormal rows q of the image, which q may replace. Rows of which scale * kDependent or less is
+// left are zero, and so are all rows of a panel that panel_qr gives up.
 template <class Block>
 PROLORA_HOST_DEVICE void make_rows(const Block& block, const KrylovBlockArgs<float>& args,
                                    Index matrix, double scale, float* q, const PanelWorkspace& w) {
@@ -147,7 +151,8 @@ PROLORA_HOST_DEVICE void make_rows(const Block& block, const KrylovBlockArgs<flo
 template <class Block>
 PROLORA_HOST_DEVICE void make_block(const Block& block, const KrylovBlockArgs<float>& args,
                                     Index matrix, const PanelWorkspace& w) {
-  make_rows(block, args, matrix, 1.0, args.rows + (matrix * args.room + args.size) * args.d, w);
+  float* q = args.rows + (matrix * args.room + args.size) * args.d;
+  make_rows(block, args, matrix, kOutside / kDependent, q, w);
 }
 
 // The projection's rows, the length of the image, and rows of length 1 of it in its place, for a

@@ -12,6 +12,7 @@ from spectra import lapack, planted, power_law, randn, true_error
 from prolora import truncated_svd
 from prolora.core.ops.krylov_block import run_krylov_block
 from prolora.core.svd import krylov, stacks
+from prolora.core.svd.panels import extend_basis
 
 EPS = 2.0**-23
 HALF, BFLOAT = torch.float16, torch.bfloat16
@@ -120,6 +121,58 @@ def test_rows_of_a_block_with_fewer_directions_than_rows_lean_on_nothing(kernels
     assert float((block @ rows[:, :size].double().mT).abs().max()) < 2e-6
     lengths = torch.linalg.vector_norm(block, dim=2)
     assert ((lengths - 1).abs().minimum(lengths) < 1e-5).all() and (lengths > 0.5).any()
+
+
+def draw_low_rank(seed):
+    """A weight of low rank, and a basis that contains much or all of its range."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def pick(low, high):
+        return int(torch.randint(low, high, (), generator=generator))
+
+    d, width = pick(100, 300), pick(4, 33)
+    size = width * pick(1, 4)
+    rank = pick(1, size + width)
+    w = torch.randn(1, d, rank, generator=generator)
+    w = w @ torch.randn(1, rank, d + 20, generator=generator)
+    w = (w / w.abs().max()).half()
+    inside = w[0].float() @ torch.randn(d + 20, min(rank, size), generator=generator)
+    outside = torch.randn(d, max(size - rank, 0), generator=generator)
+    rows = torch.full((1, size + width, d), torch.nan)
+    rows[0, :size] = torch.linalg.qr(torch.cat([inside, outside], 1))[0].mT
+    return w, rows, size, width
+
+
+def assert_orthonormal_or_zero(rows, size):
+    block, earlier = rows[0, size:].double(), rows[0, :size].double()
+    assert float((block @ earlier.mT).abs().max()) < 1e-5
+    products = block @ block.mT
+    kept = products.diagonal() > 0.5
+    torch.testing.assert_close(products, kept.double().diag(), atol=1e-5, rtol=0)
+
+
+# Draws with which a row of the block was not orthogonal to the basis before.
+LOW_RANKS = (*range(20), 208, 328, 374, 580)
+
+
+def test_blocks_are_orthogonal_to_a_basis_that_contains_their_image(kernels):
+    for seed in LOW_RANKS:
+        w, rows, size, width = draw_low_rank(seed)
+        projected = torch.zeros(1, size + width, size + width)
+        _, rows, _ = kernels.krylov_block(w, rows, projected, size, width)
+        assert_orthonormal_or_zero(rows, size)
+
+
+def test_extended_bases_are_orthonormal_if_they_contain_the_image():
+    for seed in LOW_RANKS:
+        w, rows, size, width = draw_low_rank(seed)
+        earlier, single = rows[:, :size], w.float()
+        image = earlier[:, -width:] @ single @ single.mT
+        column = image @ earlier.mT
+        image = torch.baddbmm(image, column, earlier, alpha=-1)
+        scale = torch.linalg.vector_norm(column, dim=(-2, -1)).double()
+        rows[:, size:] = extend_basis(image, scale, earlier)
+        assert_orthonormal_or_zero(rows, size)
 
 
 def test_weights_without_columns_or_of_zeros_add_nothing(kernels):

@@ -11,13 +11,17 @@ from torch import Tensor
 from ..exceptions import ShapeMismatch
 from . import native
 from .operands import register, registered
-from .panel_qr import factor_panel
+from .panel_qr import DEPENDENT, factor_panel
 
 STORED = {torch.float16: 0, torch.bfloat16: 1}
 """The dtypes of weights, as StoredAs in csrc/ops.h numbers them."""
 
 MAX_WIDTH = 64
 """kMaxKrylovWidth in csrc/ops.h."""
+
+# Of a unit row whose component in the basis has been subtracted, this much must be left, or the row
+# is dropped: it consisted of rounding errors of the first subtraction. kOutside in krylov_block.h.
+OUTSIDE = 1e-2
 
 # Rows that the kernels can take: kMaxStride in csrc/tile.h.
 MAX_ROW = 2**24
@@ -82,9 +86,11 @@ def extend_block(w: Tensor, rows: Tensor, projected: Tensor, size: int, width: i
     if size + width <= rows.shape[1]:
         scale = torch.linalg.vector_norm(column, dim=(-2, -1), dtype=torch.float64)
         block = factor_panel(image, scale)[0].nan_to_num(0.0)
-        # What little is left of a row leans on the basis by rounding: once more.
+        # Of a short image the rounding errors of the subtraction are a large part, and they are not
+        # orthogonal to the basis: subtract once more.
         block = torch.baddbmm(block, block @ earlier.mT, earlier, alpha=-1)
-        block = factor_panel(block, torch.ones_like(scale))[0].nan_to_num(0.0)
+        outside = torch.full_like(scale, OUTSIDE / DEPENDENT)
+        block = factor_panel(block, outside)[0].nan_to_num(0.0)
         rows[:, size : size + width] = block
     # As the kernels do: in float32 the squares of what is large or small leave its range.
     length: Tensor = torch.linalg.vector_norm(image, dim=(-2, -1), dtype=torch.float64)
