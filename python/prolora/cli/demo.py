@@ -20,6 +20,7 @@ from ..best import transfer
 from ..errors import ProLoRAError, join_words
 from ..files.store import check_free, put_text
 from ..fitting.fit import fit
+from ..fitting.models import suited_threads
 from ..fitting.settings import SHOWN, FitSettings, read_prompts
 from ..fitting.showing import ImageGrid
 from ..reports.lora_report import LoraReport, MovedReport
@@ -135,9 +136,10 @@ class Demo:
             prompts, steps=STEPS, target_steps=FEW_STEPS.get(self.target.name), shown_prompts=SHOWN
         )
         grid = ImageGrid.of(models, settings, True, False)
-        grid.draw_source(read_adapter(self.lora).updates, nullcontext)
-        tell(1, 2, "drawing")
-        grid.draw_target(read_adapter(self.moved).updates, None)
+        with suited_threads(model.denoiser for model in models):
+            grid.draw_source(read_adapter(self.lora).updates, nullcontext)
+            tell(1, 2, "drawing")
+            grid.draw_target(read_adapter(self.moved).updates, None)
         tell(2, 2, "drawn")
         assert isinstance(report, MovedReport)
         return replace(report, grid=grid.to_page(self.source.name, self.target.name))
