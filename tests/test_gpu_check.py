@@ -302,6 +302,27 @@ def test_the_tables_put_our_times_beside_the_baselines_of_the_same_card(bench):
     assert "toy sizes" in text
 
 
+def test_the_table_of_cards_is_filled_from_sent_files(bench, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("before\n\n<!-- your card -->\n\nold\n\n<!-- end -->\n\nafter\n")
+    render.main([str(bench.results), "--page", str(page)])
+    assert "| no card yet |" in page.read_text()
+    bench.dry = False
+    bench.record("truncated_svd", 50.0, "ms", "64 x 1280x1280, k=128")
+    bench.record("largest bound", 1e-5, "sine", "64 x 1280x1280, k=128")
+    bench.call = "anchors"
+    bench.record("torch.linalg.svd", 1500.0, "ms", "64 x 1280x1280", scaled=32)
+    sent = results.pack_results(bench.results.parent)
+    render.main([str(sent), "--page", str(page)])
+    text = page.read_text()
+    row = "| a card | 64 x 1280x1280, k=128 | 50 | 1500 | 1e-05 | torch 2.9 | 2026-01-01, abc |"
+    assert row in text and text.startswith("before\n") and text.endswith("\nafter\n")
+    assert "old" not in text and "no card yet" not in text
+    page.write_text("no table")
+    with pytest.raises(ValueError, match="your card"):
+        render.main([str(sent), "--page", str(page)])
+
+
 def test_registers_are_read_from_cuobjdump_and_metrics_from_ncu():
     text = """
 Fatbin elf code:

@@ -1,11 +1,16 @@
-"""Tables for bench/gpu_model.md from results.jsonl: `python -m gpu.render FILE...`, from bench/.
+"""Tables of results, from bench/:
 
-Pure: the same lines give the same text. Of several lines of the same name and case the last counts.
+    python -m gpu.render FILE...                                  # prints all, for gpu_model.md
+    python -m gpu.render --page ../docs/performance.md FILE...    # fills the table "your card"
+
+A FILE is the gpu.json or results.jsonl of bench/gpu.sh. The same lines give the same text. Of
+several lines of the same name and case the last counts.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -29,6 +34,37 @@ def render_results(lines: Iterable[Line]) -> str:
         if line["value"] is not None and line["name"] != FINISHED:
             cards.setdefault(line["card"], []).append(line)
     return "\n\n".join(_render_card(card, found) for card, found in cards.items()) + "\n"
+
+
+MARKS = re.compile(r"<!-- your card -->.*?<!-- end -->", re.DOTALL)
+
+
+def fill_page(page: str, lines: Iterable[Line]) -> str:
+    """Puts one row for each card and case of truncated_svd between the marks of a page.
+
+    Lines of dry runs are left out: they are toy sizes on a CPU.
+    """
+    cards: dict[str, list[Line]] = {}
+    for line in lines:
+        if line["value"] is not None and not line.get("dry"):
+            cards.setdefault(line["card"], []).append(line)
+    rows = []
+    for card, found in cards.items():
+        ours, anchors = _values(found), _values(found, "anchors")
+        for (name, case), line in ours.items():
+            if name != "truncated_svd":
+                continue
+            baseline = anchors.get(("torch.linalg.svd", case.partition(",")[0]))
+            numbers = [_number(x) for x in (line, baseline, ours.get(("largest bound", case)))]
+            rows.append(
+                [card, case, *numbers, line["versions"], f"{line['date']}, {line['commit']}"]
+            )
+    rows = rows or [["no card yet", *["–"] * 6]]
+    head = ["card", "truncated_svd of", "ms", "torch.linalg.svd, ms", "bound", "versions", "run"]
+    text = f"<!-- your card -->\n\n{_table(head, rows)}\n\n<!-- end -->"
+    if not MARKS.search(page):
+        raise ValueError("the page has no <!-- your card --> … <!-- end -->")
+    return MARKS.sub(lambda _: text, page)
 
 
 def _render_card(card: str, lines: list[Line]) -> str:
@@ -113,5 +149,17 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
     )
 
 
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Tables of the results of bench/gpu.sh")
+    parser.add_argument("files", nargs="*", type=Path, default=[DEFAULT])
+    parser.add_argument("--page", type=Path, help="a page with the table 'your card', to be filled")
+    options = parser.parse_args(arguments)
+    lines = read_lines(options.files)
+    if options.page:
+        options.page.write_text(fill_page(options.page.read_text("utf-8"), lines), "utf-8")
+    else:
+        print(render_results(lines), end="")
+
+
 if __name__ == "__main__":
-    print(render_results(read_lines(map(Path, sys.argv[1:] or [DEFAULT]))), end="")
+    main()
