@@ -4,6 +4,7 @@
     python bench/small_batches.py --save          # also keeps it in bench/results
     python bench/small_batches.py --check         # compares with the kept one, exit code 1 at +15 %
     python bench/small_batches.py --threads 2     # wall time on two threads
+    python bench/small_batches.py --page          # no timing: the kept ones to docs/performance.md
 
 A figure is a ratio: CPU seconds of prolora over those of the baseline, timed in turns in one run,
 the minimum of each. Weights are generated: a power law of singular values, or white (random). Keep
@@ -27,7 +28,11 @@ from torch import Tensor
 
 import prolora
 
+sys.path.insert(0, str(Path(__file__).parent / "quality"))
+from results import fill_page, format_table
+
 KEPT = Path(__file__).parent / "results" / "small_batches.json"
+PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 # Slower by this share than the kept ratio is a failure.
 SLOWER = 0.15
 LARGEST = 2560
@@ -170,6 +175,28 @@ def check_ratios(rows: dict[str, float], file: Path) -> int:
     return int(bool(slower))
 
 
+def fill_tables(page: str, ratios: dict[str, float]) -> str:
+    """Returns the page with the tables of `project` and of `truncated_svd`."""
+    project = dict[str, dict[str, str]]()
+    bases = []
+    for name, ratio in ratios.items():
+        call, shape, spectrum, last = name.split(", ")
+        case = f"{shape.replace(' x ', ' × ')}, {spectrum}"
+        if call == "project":
+            project.setdefault(case, {})[last] = f"{ratio:.2f}"
+        else:
+            bases.append([f"{case}, rank {last}", f"{ratio:.2f}"])
+    rows = [
+        [case, *(cells.get(x, "–") for x in ("dense", "factors"))]
+        for case, cells in project.items()
+    ]
+    tables = {
+        "project": format_table(["weights", "dense update", "factors of rank 16"], rows),
+        "truncated_svd": format_table(["weights", "over torch.linalg.svd"], bases),
+    }
+    return fill_page(page, tables)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Times the cases, prints them, and keeps or compares the ratios."""
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
@@ -177,7 +204,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="compare with the kept ratios")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--largest", type=int, default=LARGEST, help="the longest side")
+    parser.add_argument("--page", action="store_true", help="fill the tables of the page")
     options = parser.parse_args(arguments)
+    if options.page:
+        text = fill_tables(PAGE.read_text("utf-8"), json.loads(KEPT.read_text())["ratios"])
+        PAGE.write_text(text, "utf-8")
+        return 0
     if options.threads != 1 and (options.save or options.check):
         parser.error("kept ratios are CPU seconds on one thread: leave --threads out")
     if options.save and options.largest != LARGEST:

@@ -1,12 +1,13 @@
 """How long one waits for a transfer: five families at full size, in a process of its own each.
 
-    python bench/waits.py FOLDER [--families sd15 sdxl] [--threads 2] [--out FILE.json]
+    python bench/waits.py FOLDER [--families sd15 sdxl] [--threads 2]
+    python bench/waits.py FOLDER --save      # also to bench/results and docs/performance.md
 
 Everything is generated: no published weight is read. FOLDER receives a source, a target and a LoRA
 for each family, at the published sizes and names of diffusers, and is emptied again after it:
-FLUX.1 needs 48 GB. Entries of the weights are random numbers of deviation 0.02; the target is the source
-plus a tenth of other random numbers. The LoRA has rank 16 on every attention and feed-forward
-matrix. Each command is timed as a user waits for it, with the start of Python:
+FLUX.1 needs 48 GB. Entries of the weights are random numbers of deviation 0.02; the target is the
+source plus a tenth of other random numbers. The LoRA has rank 16 on every attention and
+feed-forward matrix. Each command is timed as a user waits for it, with the start of Python:
 
 - first: `prolora transfer`, where neither model was seen before
 - again: the same with another LoRA, when both models are known
@@ -26,6 +27,7 @@ import sys
 import time
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import torch
 from gpu.machine import find_commit
@@ -35,11 +37,33 @@ from prolora.architectures.layouts import Layout, load_layout
 from prolora.architectures.modules import BARE
 from prolora.files.safetensors_writing import stream_safetensors, write_safetensors
 
+sys.path.insert(0, str(Path(__file__).parent / "quality"))
+from results import fill_page, format_table
+
+KEPT = Path(__file__).parent / "results" / "waits.json"
+PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 FAMILIES = ("sd15", "sdxl", "wan-t2v-1.3b", "z-image", "flux1-dev")
 UNETS = ("sd15", "sdxl")
 RANK = 16
 POOL = 1 << 26
 Shape = tuple[int, ...]
+Row = dict[str, Any]
+
+
+def fill_table(page: str, rows: list[Row]) -> str:
+    """Returns the page with the table of these rows."""
+    titles = {family: load_layout(family).title for family in (row["family"] for row in rows)}
+    cells = [
+        [
+            titles[row["family"]],
+            f"{row['GB']} GB",
+            str(row["modules"]),
+            *(f"{row[name]:.1f} s" for name in ("by headers", "first", "again")),
+        ]
+        for row in rows
+    ]
+    head = ["model", "each file", "matrices of the LoRA", "dry run", "first LoRA", "next LoRA"]
+    return fill_page(page, {"waits": format_table(head, cells)})
 
 
 class Numbers:
@@ -99,7 +123,7 @@ def wait_for(words: list[str], cache: Path, threads: int) -> float:
     return round(time.perf_counter() - begun, 2)
 
 
-def measure(family: str, folder: Path, numbers: Numbers, threads: int) -> dict[str, float | str]:
+def measure(family: str, folder: Path, numbers: Numbers, threads: int) -> Row:
     layout = load_layout(family)
     part = "unet" if family in UNETS else "transformer"
     sides = [folder / side for side in ("source", "target")]
@@ -111,7 +135,7 @@ def measure(family: str, folder: Path, numbers: Numbers, threads: int) -> dict[s
         write_lora(lora, layout, part, i)
     common = ["--source", str(sides[0]), "--target", str(sides[1])]
     words = [["transfer", str(lora), *common, "-o", f"{lora}.moved.safetensors"] for lora in loras]
-    row: dict[str, float | str] = {
+    row: Row = {
         "family": family,
         "GB": round((sides[0] / part / file).stat().st_size / 1e9, 1),
         "modules": len(layout.adapted),
@@ -128,23 +152,24 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--families", nargs="+", default=FAMILIES)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--save", action="store_true", help="keep the result, and fill the page")
     options = parser.parse_args()
     rows, numbers = [], Numbers()
     for family in options.families:
         row = measure(family, options.folder / family, numbers, options.threads)
         rows.append(row)
         print(json.dumps(row), flush=True)
-    if options.out:
+    if options.save:
         result = {
             "weights": "generated",
             "date": date.today().isoformat(),
             "commit": find_commit(),
-            "command": f"python bench/waits.py FOLDER --threads {options.threads}",
+            "command": f"python bench/waits.py FOLDER --threads {options.threads} --save",
             "torch": torch.__version__,
             "rows": rows,
         }
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+        KEPT.write_text(json.dumps(result, indent=1) + "\n")
+        PAGE.write_text(fill_table(PAGE.read_text("utf-8"), rows), "utf-8")
 
 
 if __name__ == "__main__":

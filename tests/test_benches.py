@@ -55,6 +55,16 @@ def test_table_and_figure_of_the_performance_page_show_the_stored_rows(monkeypat
     assert json.loads(html.unescape(drawn[1])) == svd_table.list_points(rows)
 
 
+def test_tables_of_small_batches_show_the_stored_ratios(monkeypatch):
+    monkeypatch.syspath_prepend(BENCH)
+    import small_batches
+
+    page = small_batches.PAGE.read_text("utf-8")
+    ratios = json.loads(small_batches.KEPT.read_text())["ratios"]
+    assert small_batches.fill_tables(page, ratios) == page
+    assert "| 8 × 256 × 256, i^-0.5 | 0.40 | 0.46 |" in page
+
+
 def test_small_batches_compares_equal_results():
     import small_batches
 
@@ -104,3 +114,12 @@ def test_small_batches_keeps_only_the_whole_table_on_one_thread(options):
 
     with pytest.raises(SystemExit, match="2"):
         small_batches.main(["--save", *options])
+
+
+def test_table_of_waits_shows_the_stored_rows(monkeypatch):
+    monkeypatch.syspath_prepend(BENCH)
+    import waits
+
+    page = waits.PAGE.read_text("utf-8")
+    rows = json.loads(waits.KEPT.read_text())["rows"]
+    assert waits.fill_table(page, rows) == page

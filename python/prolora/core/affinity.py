@@ -20,6 +20,7 @@ DEVICE_ENTRIES = 1 << 24
 FAR = 2.0**24
 """Weights whose largest entry is between 1/FAR and FAR are not scaled."""
 
+
 @dataclass(frozen=True)
 class Affinity:
     """Norms and products of a pair of weights, or sums of them."""

@@ -56,7 +56,7 @@ def limit_threads(entries: int) -> Iterator[None]:
     """Runs torch on one thread if the largest matrix has few entries, for the calling thread.
 
     OpenMP's other threads spin while they wait for work. On two cores `prolora demo`, whose largest
-    matrix is 128 x 512, took 316 CPU seconds and 209 s with two threads, and 153 CPU seconds and
+    matrix is 576 x 96, took 316 CPU seconds and 209 s with two threads, and 153 CPU seconds and
     167 s with this limit. The limit of 512 x 512 is a choice: nothing between was measured. The
     rule depends on sizes only, so that the same call gives the same bits.
     """
