@@ -306,7 +306,7 @@ def test_the_table_of_cards_is_filled_from_sent_files(bench, tmp_path):
     page = tmp_path / "page.md"
     page.write_text("before\n\n<!-- your card -->\n\nold\n\n<!-- end -->\n\nafter\n")
     render.main([str(bench.results), "--page", str(page)])
-    assert "| no card yet |" in page.read_text()
+    assert "| not measured |" in page.read_text()
     bench.dry = False
     bench.record("truncated_svd", 50.0, "ms", "64 x 1280x1280, k=128")
     bench.record("largest bound", 1e-5, "sine", "64 x 1280x1280, k=128")
@@ -317,7 +317,7 @@ def test_the_table_of_cards_is_filled_from_sent_files(bench, tmp_path):
     text = page.read_text()
     row = "| a card | 64 x 1280x1280, k=128 | 50 | 1500 | 1e-05 | torch 2.9 | 2026-01-01, abc |"
     assert row in text and text.startswith("before\n") and text.endswith("\nafter\n")
-    assert "old" not in text and "no card yet" not in text
+    assert "old" not in text and "not measured" not in text
     page.write_text("no table")
     with pytest.raises(ValueError, match="your card"):
         render.main([str(sent), "--page", str(page)])

@@ -59,7 +59,7 @@ def fill_page(page: str, lines: Iterable[Line]) -> str:
             rows.append(
                 [card, case, *numbers, line["versions"], f"{line['date']}, {line['commit']}"]
             )
-    rows = rows or [["no card yet", *["–"] * 6]]
+    rows = rows or [["not measured", *["–"] * 6]]
     head = ["card", "truncated_svd of", "ms", "torch.linalg.svd, ms", "bound", "versions", "run"]
     text = f"<!-- your card -->\n\n{_table(head, rows)}\n\n<!-- end -->"
     if not MARKS.search(page):
