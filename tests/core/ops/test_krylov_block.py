@@ -151,13 +151,36 @@ def assert_orthonormal_or_zero(rows, size):
     torch.testing.assert_close(products, kept.double().diag(), atol=1e-5, rtol=0)
 
 
-# Draws with which a row of the block was not orthogonal to the basis before.
+def draw_tilted(seed):
+    """A diagonal weight with few distinct values, and a basis tilted out of its subspaces."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def pick(low, high):
+        return int(torch.randint(low, high, (), generator=generator))
+
+    d, width = pick(32, 200), pick(2, 33)
+    size = width * pick(1, 4)
+    values, tilt = pick(2, 9), 10.0 ** -(3 + 4 * float(torch.rand((), generator=generator)))
+    columns = min(pick(1, width + 1), d - size)
+    w = torch.diag_embed(2.0 ** -(torch.arange(d) % values).reshape(1, d)).to(HALF)
+    inside = torch.linalg.qr(torch.randn(1, size, size, generator=generator))[0]
+    inside = torch.nn.functional.pad(inside, (0, d - size))
+    tilted = torch.randn(1, size, columns, generator=generator)
+    inside[:, :, size : size + columns] = tilt * tilted
+    rows = torch.full((1, size + width, d), torch.nan)
+    rows[:, :size] = torch.linalg.qr(inside.mT)[0].mT
+    return w, rows, size, width
+
+
+# With the last four (two below) a new row had an inner product of 0.2 to 4 with a row of the basis
+# before such rows were dropped.
 LOW_RANKS = (*range(20), 208, 328, 374, 580)
+TILTED = (2560, 3233)
 
 
 def test_blocks_are_orthogonal_to_a_basis_that_contains_their_image(kernels):
-    for seed in LOW_RANKS:
-        w, rows, size, width = draw_low_rank(seed)
+    draws = [draw_low_rank(seed) for seed in LOW_RANKS] + [draw_tilted(seed) for seed in TILTED]
+    for w, rows, size, width in draws:
         projected = torch.zeros(1, size + width, size + width)
         _, rows, _ = kernels.krylov_block(w, rows, projected, size, width)
         assert_orthonormal_or_zero(rows, size)

@@ -1,4 +1,4 @@
-"""Orthonormal rows of thin panels, without a decision of the host."""
+"""Orthonormal rows of thin panels. On a GPU the host never waits for a result."""
 
 from __future__ import annotations
 
