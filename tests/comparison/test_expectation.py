@@ -24,6 +24,8 @@ LARGE = 0.2  # of a LoRA, beside the weights that it changes
         (PairVerdict(0.3, 0.96, LARGE), False, True, "few-step"),
         (PairVerdict(0.16, 0.99, LARGE), False, False, "changed"),
         (PairVerdict(0.16, 0.99, LARGE), True, False, "cut"),
+        # A long training of another look.
+        (PairVerdict(0.3, 0.96, LARGE), False, False, "changed"),
         (PairVerdict(1.4, 0.0, LARGE), True, True, "apart"),
         (PairVerdict(0.6, 0.88, LARGE), False, True, "few-step"),
         (PairVerdict(0.6, 0.88, LARGE), True, False, "distant"),
