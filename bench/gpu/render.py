@@ -10,9 +10,12 @@ several lines of the same name and case the last counts.
 from __future__ import annotations
 
 import argparse
-import re
+import sys
 from collections.abc import Iterable
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "quality"))
+from results import fill_page
 
 from .results import FINISHED, Line, read_lines
 
@@ -36,11 +39,8 @@ def render_results(lines: Iterable[Line]) -> str:
     return "\n\n".join(_render_card(card, found) for card, found in cards.items()) + "\n"
 
 
-MARKS = re.compile(r"<!-- your card -->.*?<!-- end -->", re.DOTALL)
-
-
-def fill_page(page: str, lines: Iterable[Line]) -> str:
-    """Puts one row for each card and case of truncated_svd between the marks of a page.
+def fill_cards(page: str, lines: Iterable[Line]) -> str:
+    """Returns the page with one row for each card and case of truncated_svd in "your card".
 
     Lines of dry runs are left out: they are toy sizes on a CPU.
     """
@@ -61,10 +61,9 @@ def fill_page(page: str, lines: Iterable[Line]) -> str:
             )
     rows = rows or [["not measured", *["–"] * 6]]
     head = ["card", "truncated_svd of", "ms", "torch.linalg.svd, ms", "bound", "versions", "run"]
-    text = f"<!-- your card -->\n\n{_table(head, rows)}\n\n<!-- end -->"
-    if not MARKS.search(page):
+    if "<!-- your card -->" not in page:
         raise ValueError("the page has no <!-- your card --> … <!-- end -->")
-    return MARKS.sub(lambda _: text, page)
+    return fill_page(page, {"your card": _table(head, rows)})
 
 
 def _render_card(card: str, lines: list[Line]) -> str:
@@ -156,7 +155,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     lines = read_lines(options.files)
     if options.page:
-        options.page.write_text(fill_page(options.page.read_text("utf-8"), lines), "utf-8")
+        options.page.write_text(fill_cards(options.page.read_text("utf-8"), lines), "utf-8")
     else:
         print(render_results(lines), end="")
 
