@@ -4,7 +4,7 @@
     python bench/small_batches.py --save          # also keeps it in bench/results
     python bench/small_batches.py --check         # compares with the kept one, exit code 1 at +15 %
     python bench/small_batches.py --threads 2     # wall time on two threads
-    python bench/small_batches.py --page          # no timing: the kept ones to docs/performance.md
+    python bench/small_batches.py --page          # writes the kept ones to docs/performance.md
 
 A figure is a ratio: CPU seconds of prolora over those of the baseline, timed in turns in one run,
 the minimum of each. Weights are generated: a power law of singular values, or white (random). Keep
@@ -192,7 +192,7 @@ def fill_tables(page: str, ratios: dict[str, float]) -> str:
     ]
     tables = {
         "project": format_table(["weights", "dense update", "factors of rank 16"], rows),
-        "truncated_svd": format_table(["weights", "over torch.linalg.svd"], bases),
+        "truncated_svd": format_table(["weights", "ratio"], bases),
     }
     return fill_page(page, tables)
 

@@ -169,15 +169,17 @@ def collect_changed() -> dict[str, list[tuple[dict[str, float], float]]]:
     """World -> statistics of the weights, and the share that a copy gave, in the class *changed*.
 
     One entry for each target: the mean over its LoRAs. *spread* is the effective rank of the drift
-    relative to noise's; prolora does not compute it any more, and the stored rows have it.
+    relative to noise's. prolora does not compute it any more: rows scored since are left out.
     """
     targets: dict[tuple[str, str], list[tuple[dict[str, float], float]]] = defaultdict(list)
     for world, kind, row, verdict in read_rows():
         share = recovered(row, "copy @ 1")
         group = classify(verdict, kind.startswith(PRUNED), kind.startswith(FEW_STEP))
-        if group == "changed" and verdict.size and share is not None and math.isfinite(share):
-            ratio = verdict.drift / verdict.size
-            facts = {"drift/size": ratio, "spread": float(row["verdict"]["spread"])}
+        spread = row["verdict"].get("spread")
+        if group != "changed" or not verdict.size or spread is None:
+            continue
+        if share is not None and math.isfinite(share):
+            facts = {"drift/size": verdict.drift / verdict.size, "spread": float(spread)}
             targets[world, kind].append((facts, share))
     found: dict[str, list[tuple[dict[str, float], float]]] = defaultdict(list)
     for (world, _), rows in targets.items():
