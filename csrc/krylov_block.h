@@ -130,12 +130,13 @@ PROLORA_HOST_DEVICE double total_length(const double* squares, int r) {
   return std::sqrt(sum);
 }
 
-// Of a unit row whose component in the basis has been subtracted, this much must be left, or the row
-// is dropped: it consisted of rounding errors of the first subtraction.
+// A unit row is dropped if the component in the basis is subtracted and less than this is left: the
+// rest consists of rounding errors of the first subtraction.
 constexpr double kOutside = 1e-2;
 
-// Orthonormal rows q of the image, which q may replace. Rows of which scale * kDependent or less is
-// left are zero, and so are all rows of a panel that panel_qr gives up.
+// Orthonormal rows q of the image, which q may replace. A row is zero if at most scale * kDependent
+// of it is left (make_block passes a scale for which this is kOutside), and so are all rows of a
+// panel that panel_qr gives up.
 template <class Block>
 PROLORA_HOST_DEVICE void make_rows(const Block& block, const KrylovBlockArgs<float>& args,
                                    Index matrix, double scale, float* q, const PanelWorkspace& w) {
