@@ -13,10 +13,10 @@ import time
 
 import pytest
 import torch
-from reference import leading_vectors, project_dense, subspace_overlap
 from spectra import planted, power_law
 
 import prolora
+from prolora.core.reference import leading_vectors, project_dense, subspace_overlap
 
 ROUNDS = 3
 SHAPES = [(640, 640, 128), (1280, 1280, 128), (1280, 2048, 320), (10240, 1280, 128)]

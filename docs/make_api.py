@@ -10,6 +10,7 @@ differently. The sources are read, never imported.
 from __future__ import annotations
 
 import ast
+import html
 import re
 import subprocess
 import sys
@@ -27,34 +28,52 @@ INTRODUCTION = """\
 
 Everything that `import prolora` gives, in the words of its docstrings (`python docs/make_api.py`).
 [guide.md](guide.md) shows the common jobs, [method.md](method.md) the equations,
-[errors.md](errors.md) what is refused. What takes `options` takes each of them by its name, too.
-Eight names are enough for most:
+[errors.md](errors.md) what is refused. A function with `options` also takes each option as a
+keyword. `project` comes first; everything behind it is folded: click a name to open it.
+"""
+NAMES = """\
+## Nine names for most programs
 
 | name | what it does |
 |---|---|
 """
-FIRST = ("project", "transfer", "fit", "check", "convert", "extract", "merge", "migrate")
+FIRST = ("project", "project_many", "transfer", "fit", "check")
+FIRST += ("convert", "extract", "merge", "migrate")
 NOTES = {
     "For embedders": """\
-A converter, a node or a training tool has its tensors in memory and needs two names: `project` for
-one weight or a stack, `transfer` for a whole LoRA, of which any mapping of names to tensors is the
-base ([example](../examples/embed.py), [five hosts](../examples/hosts)).
+A converter, a node or a training tool has its tensors in memory. It needs three functions:
 
-- **Two defaults.** `project` projects (`method="prolora"`, the published rule); `transfer` copies
-  what two models can share and refuses what they cannot (`method="auto"`), which recovered more on
-  nearly all models of [the study](evidence.md). `project(…, method="auto")` does the same for one
-  pair of weights, and needs the weights, not a `Basis`.
-- **Pass factors**, `(up, down)` or a `LowRank`, rather than a dense update: nothing of the weight's
-  size is formed.
-- **What it adds to fifteen lines of torch**: subspaces with a bound on their error, stacks in one
-  call, what was kept (`return_info=True`), a refusal where two weights have nothing in common.
+```python
+import prolora
+from prolora.core import project, project_many
+
+moved = project((up, down), W_src, W_tgt)           # one weight, or a stack of equal shapes
+moved = project_many(updates, W_srcs, W_tgts)       # the weights of a LoRA: {name: (up, down)}
+done = prolora.transfer(lora, source, target)       # a whole LoRA: reads its format, and decides
+```
+
+`prolora.core` needs torch alone and loads nothing else of prolora.
+[by_hand.py](../examples/by_hand.py) is a whole converter on it, [embed.py](../examples/embed.py)
+shows the calls, and [six hosts](../examples/hosts) (ComfyUI, diffusers, a script like kohya's,
+sd-mecha, CuPy, state dicts) need at most 20 lines each.
+
+- **Two defaults.** `project` and `project_many` project (`method="prolora"`, the published
+  method). `transfer` copies the LoRA if the two models are related and refuses it if they are not
+  (`method="auto"`); a copy recovered more on nearly all models of [the study](evidence.md).
+  `project(…, method="auto")` does the same for one pair of weights; it needs the weights, not a
+  `Basis`.
+- **Pass factors**, `(up, down)` or a `LowRank`, rather than a dense update: they cost less, and
+  the result is a LoRA again.
+- **Compared with fifteen lines of torch** they are faster and give subspaces with a bound on their
+  error, the share of the update that was kept (`return_info=True`) and, with `method="auto"`, a
+  refusal if two weights have nothing in common.
 - **Threads.** Every function may be called from several threads at once
   ([more](performance.md#threads-and-core-alone)).
 """
 }
 # What is exported and stands in no group comes last, under "Others".
 GROUPS = {
-    "For embedders": ["project", "ProjectionInfo", "LowRank"],
+    "For embedders": ["project", "project_many", "ProjectionInfo", "LowRank"],
     "LoRA files": [
         "transfer",
         "transfer_many",
@@ -123,14 +142,16 @@ def render_page() -> str:
     named = {name for names in GROUPS.values() for name in names}
     groups = GROUPS | {"Others": [name for name in exported if name not in named]}
     first = [f"| [`{name}`](#{name}) | {_begin(_find(package, name))} |" for name in FIRST]
-    parts = [INTRODUCTION + "\n".join(first) + "\n"]
+    own = _render_object(_find(package, "project"), "project")
+    parts = [INTRODUCTION, own.removeprefix("#")]
+    parts.append(NAMES + "\n".join(first) + "\n")
     for title, names in groups.items():
-        present = [name for name in names if name in exported]
+        present = [name for name in names if name in exported and name != "project"]
         if present:
             parts += [
                 f"## {title}\n",
                 *([NOTES[title]] if title in NOTES else []),
-                *(_render_object(_find(package, name), name) for name in present),
+                *(_fold(_find(package, name), name) for name in present),
             ]
     parts.append("## Kinds of reports\n")
     for path in KINDS:
@@ -193,6 +214,13 @@ def _tell_options(package: Any) -> None:
         if same:
             kind.docstring.value += f"\n\nAs in `TransferOptions`: {', '.join(same)}."
         kind.docstring.value += "\n\nAttributes:\n" + "\n".join(lines)
+
+
+def _fold(item: Any, name: str) -> str:
+    """Renders an object behind its name and first sentence."""
+    line = html.escape(_begin(item), quote=False).replace("`", "")
+    summary = f"<details><summary><code>{name}</code>: {line}</summary>"
+    return f"{summary}\n\n{_render_object(item, name)}\n</details>\n"
 
 
 def _resolve(item: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import typer
 from fresh import run_fresh
 
 import prolora
+from prolora import core
 from prolora.cli.app import app
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="the same sources on every system")
@@ -67,25 +69,52 @@ def test_the_top_of_the_package_holds_the_rooms_and_little_else():
     assert entries == rooms | files | {"py.typed"}
 
 
-def test_the_mathematics_can_be_lifted_out_and_used_alone_and_beside_the_package(tmp_path):
-    shutil.copytree(PACKAGE / "core", tmp_path / "lifted" / "core")
-    (tmp_path / "lifted" / "__init__.py").write_text("")
-    code = """
+# The names of `prolora.core`, in a copy of the folder under another name.
+COPIED_OUT = """
 import sys, torch
-from lifted.core.basis import truncated_svd
-from lifted.core.projection import project
-from lifted.core.similarity import similarity
-source, target = torch.randn(2, 64, 48, generator=torch.Generator().manual_seed(0))
-factors = torch.randn(64, 4), torch.randn(4, 48)
-moved = project(factors, source, target, rank=16)
-assert moved.rank <= 8 and truncated_svd(source, 16).ok
-assert 0 <= float(similarity(source, target, rank=16).left) <= 1
-assert not any(name == "prolora" or name.startswith("prolora.") for name in sys.modules)
+import borrowed
+from borrowed import LowRank, principal_angles, project, project_many, similarity, truncated_svd
+from borrowed import reference
+generator = torch.Generator().manual_seed(0)
+source, target = torch.randn(2, 64, 48, generator=generator)
+update = LowRank(torch.randn(64, 4, generator=generator), torch.randn(4, 48, generator=generator))
+moved = project(update, source, target, rank=16)
+wanted = reference.project_dense(update.dense(), source, target, 16, 16, "prolora")
+assert (moved.dense() - wanted).norm() < 1e-5 * wanted.norm()
+many = project_many({"to_q": update}, {"to_q": source}, {"to_q": target}, rank=16)
+assert (many["to_q"].dense() - wanted).norm() < 1e-5 * wanted.norm()
+bases = [truncated_svd(weight, 16) for weight in (source, target)]
+angles = principal_angles(*(basis.U for basis in bases))
+overlap = float(angles.cos().square().mean())
+assert abs(overlap - float(similarity(source, target, rank=16).left)) < 1e-5
+assert isinstance(bases[0], borrowed.Basis)
+foreign = [name for name in sys.modules if name.split(".")[0] == "prolora"]
+assert not foreign, foreign
 import prolora
-other = prolora.project(factors, source, target, rank=16)
-assert torch.equal(moved.up, other.up) and type(moved) is not type(other)
+other = prolora.project(tuple(update), source, target, rank=16)
+assert torch.equal(other.up, moved.up) and type(other) is not LowRank
 """
-    run_fresh(f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{code}")
+
+
+def test_core_works_under_another_name_without_the_rest_of_the_package(tmp_path):
+    shutil.copytree(PACKAGE / "core", tmp_path / "borrowed")
+    run_fresh(f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{COPIED_OUT}")
+
+
+def test_core_exports_the_same_objects_as_the_package():
+    assert set(core.__all__) < set(prolora.__all__)
+    for name in core.__all__:
+        assert getattr(core, name) is getattr(prolora, name)
+        assert f"{name}(" in core.__doc__ or f"{name} " in core.__doc__
+
+
+def test_core_similarity_is_a_function_after_its_module_is_imported():
+    code = """
+import prolora.core
+import prolora.core.subspaces, prolora.core.projection, prolora.core.grouped
+assert all(callable(getattr(prolora.core, name)) for name in prolora.core.__all__)
+"""
+    run_fresh(code)
 
 
 # An editable installation is passed over, which has every module.
@@ -265,6 +294,15 @@ def test_signatures_and_functions_stay_small(trees):
 def test_a_call_names_its_arguments(trees):
     pack = structure.parse_files(PACKAGE.parents[1] / "integrations")
     assert not structure.find_starred_calls(trees | pack)
+
+
+def test_the_core_is_explained_in_five_hundred_lines():
+    """Those that docs/architecture.md names first."""
+    root = PACKAGE.parents[1]
+    page = (root / "docs/architecture.md").read_text("utf-8").partition("## The rooms")[0]
+    files = re.findall(r"\]\(\.\./(\S+\.(?:py|md|h))\)", page)
+    assert len(files) == 5
+    assert sum(len((root / file).read_text("utf-8").splitlines()) for file in files) <= 500
 
 
 def test_files_do_not_import_each_other_in_circles(trees):

@@ -1,4 +1,25 @@
-"""The LoRA that belongs on another image model, without data.
+"""Moves LoRAs to other base models, without training and without data.
+
+For tensors (`prolora.core` has these alone):
+
+    project            moves the update of one weight to another weight
+    project_many       moves many updates, by name
+    truncated_svd      leading singular subspaces, with a bound on their error
+    similarity         overlap of the leading subspaces of two weights
+    principal_angles   angles between two column spaces
+
+For files, folders, state dicts and pipelines:
+
+    transfer           moves a LoRA to another base model, by weights alone
+    fit                moves a LoRA between two models that can run
+    check              reports what a file is, for which model, and what is wrong with it
+    convert            writes a LoRA in another format, precision or rank
+    extract            makes a LoRA from two models
+    merge, bake        join LoRAs, or write them into a model
+    migrate            moves a collection
+    load_moved_lora    moves a LoRA into a diffusers pipeline
+
+`help(prolora.transfer)` describes one of them; docs/api.md describes all.
 
 Names are loaded when they are asked for: importing the package imports no torch. Type checkers read
 __init__.pyi, which docs/make_stub.py writes.
@@ -23,7 +44,7 @@ _HOMES = {
     "ProLoRAError": "errors",
     "ProjectionInfo": "core.projection_info",
     "Report": "reports.report",
-    "Similarity": "core.similarity",
+    "Similarity": "core.subspaces",
     "Transfer": "verbs.result",
     "TransferOptions": "verbs.options",
     "__version__": "version",
@@ -38,9 +59,10 @@ _HOMES = {
     "migrate": "fleet.migration",
     "open_base": "bases",
     "open_experts": "bases.experts",
-    "principal_angles": "core.similarity",
+    "principal_angles": "core.subspaces",
     "project": "core.projection",
-    "similarity": "core.similarity",
+    "project_many": "core.grouped",
+    "similarity": "core.subspaces",
     "transfer": "best",
     "transfer_many": "best",
     "truncated_svd": "core.basis",

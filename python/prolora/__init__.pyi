@@ -15,7 +15,7 @@ from prolora.reports.outcome import Outcome as Outcome
 from prolora.errors import ProLoRAError as ProLoRAError
 from prolora.core.projection_info import ProjectionInfo as ProjectionInfo
 from prolora.reports.report import Report as Report
-from prolora.core.similarity import Similarity as Similarity, principal_angles as principal_angles, similarity as similarity
+from prolora.core.subspaces import Similarity as Similarity, principal_angles as principal_angles, similarity as similarity
 from prolora.verbs.result import Transfer as Transfer
 from prolora.verbs.options import DtypeLike, FormatLike, LoraLike, OutRank, TextEncoderMode, TransferMethod, TransferOptions as TransferOptions
 from prolora.version import __version__ as __version__
@@ -36,6 +36,7 @@ from prolora.reports.lora_report import LoraReport
 from prolora.fleet.migration import StrPath
 from prolora.fleet.batches import Migrated, MigrationOptions
 from prolora.bases.experts import Experts, ExpertsLike, open_experts as open_experts
+from prolora.core.grouped import project_many as project_many
 from prolora.best import Naming
 
 __all__ = [
@@ -71,6 +72,7 @@ __all__ = [
     "open_experts",
     "principal_angles",
     "project",
+    "project_many",
     "similarity",
     "transfer",
     "transfer_many",

@@ -18,6 +18,7 @@ from .core.exceptions import NonFiniteWeights as NonFiniteWeights
 from .core.exceptions import ProLoRAError as ProLoRAError
 from .core.exceptions import ShapeMismatch as ShapeMismatch
 from .core.exceptions import SolverFailure as SolverFailure
+from .core.exceptions import TooLittleMemory as TooLittleMemory
 from .core.exceptions import UnrelatedBases as UnrelatedBases
 from .core.exceptions import UnsupportedDevice as UnsupportedDevice
 from .core.exceptions import UnsupportedTensor as UnsupportedTensor
@@ -63,12 +64,6 @@ class OutputExists(OutputError):
     """An existing output, which only the caller may have replaced."""
 
     code = "output-exists"
-
-
-class TooLittleMemory(ProLoRAError):
-    """A bound on memory below the needs of a single matrix."""
-
-    code = "too-little-memory"
 
 
 class InvalidOption(ProLoRAError):

@@ -6,7 +6,7 @@ from mini import source_weights, target_weights, write_case
 
 import prolora
 from prolora.comparison import overlap
-from prolora.core.similarity import ANGLE_SHARES
+from prolora.core.subspaces import ANGLE_SHARES
 
 pytestmark = pytest.mark.usefixtures("aged")
 OPTIONS = {"method": "prolora", "rank": 0.9, "threshold": 0}

@@ -16,7 +16,7 @@ import prolora
 from prolora import LowRank, principal_angles, project, similarity, truncated_svd
 from prolora.core import precision
 from prolora.core.recompression import product_energies
-from prolora.core.similarity import angle_quantiles
+from prolora.core.subspaces import angle_quantiles
 
 # The Krylov solver, the Gram matrix in float32, and in float64.
 SHAPES = {"krylov": (768, 768, 48), "gram-f32": (400, 420, 100), "gram-f64": (72, 96, 30)}

@@ -5,15 +5,15 @@ import types
 from dataclasses import replace
 
 import pytest
-import reference
 import torch
+from exchanged import Exchanged
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from property_examples import examples
-from reference import Exchanged
 from spectra import randn, random_update, related, weights
 
 from prolora import METHODS, LowRank, project, truncated_svd
+from prolora.core import reference
 from prolora.errors import NonFiniteWeights, ShapeMismatch, UnrelatedBases, UnsupportedTensor
 
 SHAPES = st.tuples(st.integers(2, 24), st.integers(2, 24))

@@ -4,15 +4,14 @@ import math
 
 import numpy as np
 import pytest
-import reference
 import torch
 from dispatched import Calls
 from spectra import basis_of, randn, related, weights
 
 from prolora import principal_angles, project, similarity, truncated_svd
-from prolora.core import angles
+from prolora.core import angles, reference
 from prolora.core.projectors import find_projectors
-from prolora.core.similarity import ANGLE_SHARES, angle_quantiles, basis_similarity
+from prolora.core.subspaces import ANGLE_SHARES, angle_quantiles, basis_similarity
 from prolora.core.svd import stacks
 from prolora.errors import NonFiniteWeights, ShapeMismatch
 

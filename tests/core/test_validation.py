@@ -5,7 +5,7 @@ import types
 import numpy as np
 import pytest
 import torch
-from reference import Exchanged
+from exchanged import Exchanged
 from spectra import related, weights
 
 import prolora

@@ -3,7 +3,6 @@
 from functools import partial
 
 import pytest
-import reference
 import torch
 from lora_files import read_lora
 from mini import lora_tensors, shapes, source_weights, target_weights, write_case
@@ -12,6 +11,7 @@ from safetensors.torch import save_file
 
 import prolora
 from prolora import transfer
+from prolora.core import reference
 
 
 @pytest.fixture

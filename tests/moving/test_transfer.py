@@ -4,7 +4,6 @@ import json
 from importlib import import_module
 
 import pytest
-import reference
 import torch
 from diagonal import pair_up
 from lora_files import read_header, read_lora
@@ -12,6 +11,7 @@ from mini import lora_tensors, shapes, source_weights, target_weights, write_fol
 
 import prolora
 from prolora import errors
+from prolora.core import reference
 
 BY_BASES = [name for name, method in prolora.METHODS.items() if method.split]
 

@@ -15,17 +15,12 @@ import torch
 from ..core.rank_rule import Rank
 from ..core.svd.stacks import stack_budget
 from ..core.validation import DeviceLike
+from ..core.working_memory import PER_COLUMN, bytes_of_factorisation, columns_at_most
 from ..errors import TooLittleMemory
 from ..files.sizes import format_size
 
 # One stack of weights in float32, without a bound.
 STACK_BYTES = 96 << 20
-# What a factorisation of a weight [m, n] with k columns takes beyond it, d = min(m, n): bytes
-# for each of mn entries, of d² (Gram matrix), of (m + n)k (basis) and of k². Above what was
-# measured (docs/performance.md).
-PER_ENTRY, PER_GRAM, PER_BASIS, PER_CORE = 12, 45, 18, 48
-# What projecting the factors of an update of rank r takes beyond them: bytes for each of (m + n)r.
-PER_COLUMN = 56
 # Python, torch and their buffers grow a little while they work.
 SLACK = 48 << 20
 
@@ -124,7 +119,7 @@ class Budget:
         """
         size = STACK_BYTES if self.on_gpu is None else self.on_gpu
         if self.free is not None:
-            size = min(size, _bytes_of_factorisation(shape, self.rank))
+            size = min(size, bytes_of_factorisation(shape, self.rank))
         return max(1, size // (PER_COLUMN * sum(shape)))
 
     def pairs(self, shape: tuple[int, int]) -> int:
@@ -137,22 +132,14 @@ def _bytes_of_stack(shape: tuple[int, int], work: Work, count: int, rank: Rank |
     """Returns the bytes of a stack of `count` weights [m, n] and their work."""
     size = count * _bytes_of_weight(shape, work, rank)
     if work != "affinity":
-        size += min(count, torch.get_num_threads()) * _bytes_of_factorisation(shape, rank)
+        size += min(count, torch.get_num_threads()) * bytes_of_factorisation(shape, rank)
     return size
 
 
 def _bytes_of_weight(shape: tuple[int, int], work: Work, rank: Rank | None) -> int:
     """Returns the bytes of a stack's weight [m, n] and its by-products."""
-    (m, n), d = shape, min(shape)
+    m, n = shape
     if work == "affinity":
         return 2 * 4 * m * n
-    k = min(rank, d) if isinstance(rank, int) else d
-    bases = 2 * 4 * (m + n) * k
+    bases = 2 * 4 * (m + n) * columns_at_most(shape, rank)
     return (2 if work == "comparison" else 1) * 4 * m * n + bases
-
-
-def _bytes_of_factorisation(shape: tuple[int, int], rank: Rank | None) -> int:
-    """Returns the bytes of a factorisation beside the weight [m, n]."""
-    (m, n), d = shape, min(shape)
-    k = min(rank, d) if isinstance(rank, int) else d
-    return PER_ENTRY * m * n + PER_GRAM * d * d + PER_BASIS * (m + n) * k + PER_CORE * k * k

@@ -13,7 +13,7 @@ import torch
 
 from ..bases.cache.tables import JsonTable
 from ..core.projectors import AnyBasis
-from ..core.similarity import ANGLE_SHARES, Similarity, angle_quantiles, basis_similarity
+from ..core.subspaces import ANGLE_SHARES, Similarity, angle_quantiles, basis_similarity
 
 # The start of a pair's note; another word where it holds other numbers.
 KEY_PREFIX = "alignment"

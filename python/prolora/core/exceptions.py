@@ -1,4 +1,4 @@
-"""What the mathematics refuses: each message names the tensor and the way out."""
+"""Errors of the mathematics. Each message names the tensor and the remedy."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from typing import ClassVar
 
 
 class ProLoRAError(ValueError):
-    """Base class of everything prolora refuses.
+    """Base class of all errors that prolora raises for invalid input.
 
     Attributes:
-        code: the name of this kind of error, the same in every version.
-        command: a command line that helps, at the end of the message; "" for none.
+        code: identifier of the error class, the same in every version, for example
+            "shape-mismatch".
+        command: a command line that solves the problem, printed after the message; "" if none.
     """
 
     code: ClassVar[str] = "refused"
@@ -28,7 +29,7 @@ class ShapeMismatch(ProLoRAError):
 
 
 class UnsupportedTensor(ProLoRAError, TypeError):
-    """A tensor or array that the mathematics is not made for."""
+    """An unsupported tensor or array, for example a sparse or complex one."""
 
     code = "unsupported-tensor"
 
@@ -40,19 +41,19 @@ class UnsupportedDevice(ProLoRAError, RuntimeError):
 
 
 class SolverFailure(ProLoRAError, RuntimeError):
-    """No SVD or eigenvalue solver gave a result for finite weights."""
+    """No SVD or eigenvalue solver returned a result for finite weights."""
 
     code = "solver-failure"
 
 
 class KernelFailure(ProLoRAError, RuntimeError):
-    """A kernel of prolora's compiled extension that did not run."""
+    """A kernel of the compiled extension failed."""
 
     code = "kernel-failure"
 
 
 class NoDerivative(ProLoRAError, NotImplementedError):
-    """A derivative asked for with respect to what has none."""
+    """Gradients with respect to the weights are not supported."""
 
     code = "no-derivative"
 
@@ -64,6 +65,12 @@ class NonFiniteWeights(ProLoRAError):
 
 
 class UnrelatedBases(ProLoRAError):
-    """Two bases too different for any update to keep its meaning."""
+    """Two models, or two weights, that are not related."""
 
     code = "unrelated-bases"
+
+
+class TooLittleMemory(ProLoRAError):
+    """A memory limit that is too small for a single pair of weights."""
+
+    code = "too-little-memory"

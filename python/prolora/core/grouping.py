@@ -1,4 +1,4 @@
-"""Things that have something in common, together."""
+"""Groups items by key."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Key = TypeVar("Key")
 
 
 def group_by(items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, list[Item]]:
-    """Returns key -> the items that have it, all in order of appearance."""
+    """Returns key -> its items; keys and items keep their order."""
     groups: dict[Key, list[Item]] = {}
     for item in items:
         groups.setdefault(key(item), []).append(item)

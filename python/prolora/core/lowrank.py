@@ -1,4 +1,4 @@
-"""A matrix or a stack as the product of two thin factors."""
+"""Low-rank matrices and stacks of them, stored as two factors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from .validation import check_layout
 
 @dataclass(frozen=True, repr=False, eq=False)
 class LowRank:
-    """The update ΔW = up @ down, never multiplied out unless asked.
+    """The update ΔW = up @ down of a weight; only `dense` forms the product.
+
+    It can be used like the pair (up, down).
 
     Attributes:
         up: [..., m, r], the "B" of a LoRA.
@@ -28,7 +30,7 @@ class LowRank:
     down: Tensor
 
     def __post_init__(self) -> None:
-        """Refuses factors that do not multiply."""
+        """Raises ShapeMismatch if the factors cannot be multiplied."""
         for name, factor in (("up", self.up), ("down", self.down)):
             check_layout(name, factor)
         up, down = self.up.shape, self.down.shape
@@ -41,13 +43,21 @@ class LowRank:
             )
 
     def __repr__(self) -> str:
-        """Writes LowRank(64×48, rank 8, float32)."""
+        """Returns, for example, LowRank(64×48, rank 8, float32)."""
         shape, storage = format_shape(self.shape), format_storage(self.up)
         return f"LowRank({shape}, rank {self.rank}, {storage})"
 
     def __iter__(self) -> Iterator[Tensor]:
-        """Yields `up` and `down`, so that a pair can be unpacked."""
+        """Yields `up` and `down`: `up, down = update`."""
         return iter((self.up, self.down))
+
+    def __len__(self) -> int:
+        """Returns 2, the length of the pair."""
+        return 2
+
+    def __getitem__(self, index: int) -> Tensor:
+        """Returns `up` for index 0 and `down` for index 1."""
+        return (self.up, self.down)[index]
 
     @property
     def rank(self) -> int:
@@ -79,7 +89,7 @@ class LowRank:
     def norm(self) -> Tensor:
         """Returns ‖up·down‖_F [...], in float64.
 
-        It comes from r×r Gram matrices: tr((upᵀup)(down·downᵀ)).
+        Computed from the r×r Gram matrices: tr((upᵀup)(down·downᵀ)).
         """
         up, down = self.up.double(), self.down.double()
         gram = (up.mT @ up) * (down @ down.mT)

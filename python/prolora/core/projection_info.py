@@ -10,7 +10,7 @@ from torch import Tensor
 from .methods import Parts, Side
 from .projectors import AnyBasis
 from .short_text import format_range
-from .similarity import Similarity, basis_similarity
+from .subspaces import Similarity, basis_similarity
 
 
 @dataclass(frozen=True, repr=False)

@@ -123,11 +123,15 @@ class Projector:
         return Projector(self.rows[some], self.leading[some], self.number[some], space)
 
     def take(self, places: Sequence[int]) -> Projector:
-        """Selects matrices of the stack, which have no row space."""
+        """Selects matrices of the stack."""
         rows, leading, number = (
             take_places(x, list(places)) for x in (self.rows, self.leading, self.number)
         )
-        return Projector(rows, leading, number)
+        space = self.row_space
+        if space is not None:
+            w, factor = (take_places(x, list(places)) for x in (space.w, space.factor))
+            space = RowSpace(w, factor)
+        return Projector(rows, leading, number, space)
 
     def expand(self, b: int) -> Projector:
         """Repeats a stack of one weight b times, without a copy."""

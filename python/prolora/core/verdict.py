@@ -1,4 +1,4 @@
-"""The relation of two bases by their weights, before any image."""
+"""Relation of two base models, estimated from their weights alone."""
 
 from __future__ import annotations
 
@@ -8,27 +8,26 @@ from dataclasses import dataclass
 from .affinity import Affinity
 
 STRANGE_COSINE = 0.3
-"""Below this cosine a pair of weights has nothing in common; relatives have 0.8 and more."""
+"""Weights below this cosine are treated as mismatched; related weights have 0.8 or more."""
 
 DEFAULT_THRESHOLD = 0.8
-"""The Φ that both sides of a pair must reach (the paper's threshold; both sides is our choice)."""
+"""Minimal Φ of a pair of weights (the paper's value; that both sides must reach it is ours)."""
 
 AUTO = "auto"
-"""The method that copies an update, or refuses where two models have nothing in common."""
+"""The method that copies an update, or raises UnrelatedBases if the two models are not related."""
 
 MIN_COSINE = 0.7
-"""Below this cosine the bases share no coordinates, and no update keeps its meaning."""
+"""Models below this cosine are not related: a copied update has no effect there."""
 
 
 @dataclass(frozen=True)
 class PairVerdict:
-    """What to expect of a LoRA of the source on the target.
+    """Distance of two models, and the size of a LoRA relative to it.
 
     Attributes:
-        drift: ‖W_t − W_s‖/‖W_s‖ over the modules that matter.
-        cosine: ⟨W_s, W_t⟩/(‖W_s‖‖W_t‖) over them.
-        size: ‖ΔW_s‖/‖W_s‖ of the LoRA over the modules that were compared; None where no LoRA is
-            asked about.
+        drift: ‖W_t − W_s‖/‖W_s‖ over the modules that `judge_pairs` selects.
+        cosine: ⟨W_s, W_t⟩/(‖W_s‖‖W_t‖) over the same modules.
+        size: ‖ΔW_s‖/‖W_s‖ of the LoRA over the compared modules; None without a LoRA.
     """
 
     drift: float
@@ -37,33 +36,34 @@ class PairVerdict:
 
     @property
     def related(self) -> bool:
-        """Whether one base comes from the other, or both from a third."""
+        """Whether one model was trained from the other, or both from a third."""
         return self.cosine >= MIN_COSINE
 
     def sentence(self) -> str:
-        """Describes in plain words how far the two models are apart."""
-        facts = f"cosine of their weights {self.cosine:.2f}"
+        """Describes the relation of the two models in one sentence."""
         if not self.related:
             return (
-                f"The two models have nothing in common ({facts}; relatives have {MIN_COSINE:g} "
-                "and more): they were trained apart."
+                "The two models have nothing in common: their weights have a cosine of "
+                f"{self.cosine:.2f}, and related models have {MIN_COSINE:g} or more."
             )
-        return f"The two models are relatives ({facts}) and differ by {self.drift:.1%}."
+        share = f"{self.drift:.1%}" if self.drift >= 0.001 else "less than 0.1%"
+        return f"The two models are related: their weights differ by {share}."
 
 
 def judge_pairs(affinities: Iterable[Affinity]) -> PairVerdict:
-    """Judges a pair of bases by the affinities of all pairs of weights.
+    """Computes the verdict on two models from the affinities of all pairs of weights.
 
-    Strangers among them say nothing of the others, and `auto` leaves them out: they do not count,
-    unless they hold more than half of the source's energy. Where they are more than half of all
-    pairs they alone count: one heavy weight that training left alone does not make relatives.
+    Pairs with a cosine below STRANGE_COSINE are treated as mismatched and excluded, unless the
+    other pairs contain less than half of the source's energy. If more than half of all pairs are
+    mismatched, only those are used: one large unchanged weight (for example an embedding) must not
+    make two models look related.
     """
     affinities = list(affinities)
     total = Affinity.total(affinities)
-    telling = [x for x in affinities if x.source > 0 or x.target > 0]
-    strangers = [x for x in telling if x.cosine < STRANGE_COSINE]
-    if 2 * len(strangers) > len(telling):
-        rest = total = Affinity.total(strangers)
+    nonzero = [x for x in affinities if x.source > 0 or x.target > 0]
+    mismatched = [x for x in nonzero if x.cosine < STRANGE_COSINE]
+    if 2 * len(mismatched) > len(nonzero):
+        rest = total = Affinity.total(mismatched)
     else:
         rest = Affinity.total(x for x in affinities if x.cosine >= STRANGE_COSINE)
     judged = rest if 2 * rest.source >= total.source > 0 else total
@@ -71,11 +71,11 @@ def judge_pairs(affinities: Iterable[Affinity]) -> PairVerdict:
 
 
 STRANGER = f"its weight and its partner's have nothing in common (cosine below {STRANGE_COSINE})"
-"""Why `auto` leaves a module out."""
+"""The reason in reports for a module that `auto` skips."""
 
 
 def describe_strangers(pairs: Sequence[tuple[str, str]]) -> str:
-    """Warns of pairs (source, target) whose weights have nothing in common."""
+    """Returns a warning about pairs (source, target) whose weights are not related."""
     source, target = pairs[0]
     return (
         f"Careful: the bases are related, but {len(pairs)} pairs have nothing in common (cosine "

@@ -8,23 +8,25 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..architectures.modules import matrix_shape
 from ..bases import Base
 from ..bases.base import Progress
 from ..bases.cache.basis_cache import BasisCache
-from ..bases.memory import Memory
+from ..bases.memory import Budget, Memory
 from ..bases.vae import RUN_INSTEAD, can_fit
 from ..comparison.drift import measure_affinities
 from ..comparison.module_map import Match
 from ..comparison.overlap import Alignment, align_bases
 from ..comparison.renumbered_blocks import recognise_blocks
 from ..core.affinity import Affinity
+from ..core.grouped import Stack, move_stacks
 from ..core.lowrank import LowRank
 from ..core.merging import subtract_updates
 from ..core.methods import Method
 from ..core.precision import working_dtype
-from ..core.projection import apply_rule, project_factors
+from ..core.projection import Projected, apply_rule, project_factors
 from ..core.projectors import AnyBasis
 from ..core.verdict import AUTO, STRANGE_COSINE, STRANGER, PairVerdict, judge_pairs
 from ..errors import UnrelatedBases
@@ -139,37 +141,40 @@ def move_updates(
             if progress:
                 progress(i + 1, len(pairs), pair.target)
         return
-    source, target, rank = ledger.source, ledger.target, ledger.options.rank
     room = memory.room(ledger.result_bytes)
+
+    def report(done: int, pair: Pair) -> None:
+        if progress:
+            progress(done, len(pairs), pair.target)
+
+    move = partial(_project_updates, ledger, cache)
+    move_stacks(_find_stacks(ledger, cache, room), move, report)
+
+
+def _find_stacks(ledger: Ledger, cache: BasisCache, room: Budget) -> Iterator[Stack[Pair]]:
+    """Yields the pairs in stacks of one shape, with bases that are cached, read or computed."""
+    source, target, rank = ledger.source, ledger.target, ledger.options.rank
     stacks = []
     for shape, alike in ledger.plan.groups().items():
         size = room.stack(matrix_shape(shape), "bases")
         stacks += [alike[i : i + size] for i in range(0, len(alike), size)]
-    modules = [([pair.source for pair in s], [pair.target for pair in s]) for s in stacks]
     on_cpu = torch.device(ledger.options.device or "cpu").type == "cpu"
     requests = (
-        partial(cache.look_up, base, names, rank, on_cpu)
-        for both in modules
-        for base, names in zip((source, target), both, strict=True)
+        partial(cache.look_up, base, modules, rank, on_cpu)
+        for stack in stacks
+        for base, modules in (
+            (source, [pair.source for pair in stack]),
+            (target, [pair.target for pair in stack]),
+        )
     )
     bases = cache.prefetch(requests, rank, ledger.options.device)
-    done = 0
-    for stack, (origins, targets) in zip(stacks, modules, strict=True):
+    for stack in stacks:
+        updates = [ledger.adapter.updates[pair.source] for pair in stack]
+        columns = room.columns(matrix_shape(stack[0].shape))
         with ledger.clock("svd"):
-            source_bases, target_bases = next(bases), next(bases)
-        with ledger.clock("overlap"):
-            names = cache.names(source, origins, rank), cache.names(target, targets, rank)
-            named = list(zip(*names, strict=True))
-            aligned = align_bases(named, source_bases, target_bases, cache.pairs(source, target))
-        with ledger.clock("project"):
-            columns = room.columns(matrix_shape(stack[0].shape))
-            for part in _group_equal_ranks(ledger, stack, columns):
-                chosen = [stack[i] for i in part]
-                of_source, of_target = source_bases.take(part), target_bases.take(part)
-                _project_updates(ledger, chosen, of_source, of_target, aligned.take(part))
-        done += len(stack)
-        if progress:
-            progress(done, len(pairs), stack[-1].target)
+            ready = Stack(stack, updates, next(bases), next(bases), columns)
+        yield ready
+        del ready  # before the next one is computed
 
 
 def _apply_rule(ledger: Ledger, pair: Pair, method: Method) -> None:
@@ -193,35 +198,45 @@ def _apply_rule(ledger: Ledger, pair: Pair, method: Method) -> None:
     )
 
 
-def _group_equal_ranks(ledger: Ledger, stack: list[Pair], columns: int) -> Iterator[list[int]]:
-    """Groups the indices of a stack by rank: one update, or what `columns` columns hold."""
-    ranks: dict[int, list[int]] = {}
-    for i, pair in enumerate(stack):
-        ranks.setdefault(ledger.adapter.updates[pair.source].rank, []).append(i)
-    for rank, alike in ranks.items():
-        most = max(1, columns // max(1, rank))
-        size = -(-len(alike) // -(-len(alike) // most))  # pieces of about equal size
-        for i in range(0, len(alike), size):
-            yield alike[i : i + size]
-
-
 def _project_updates(
-    ledger: Ledger, pairs: list[Pair], source: AnyBasis, target: AnyBasis, aligned: Alignment
+    ledger: Ledger,
+    cache: BasisCache,
+    pairs: list[Pair],
+    updates: Tensor | LowRank,
+    source: AnyBasis,
+    target: AnyBasis,
 ) -> None:
     """Projects updates of one rank; skips pairs whose weights overlap less than the threshold.
 
-    Bases and alignment belong to the pairs, in their order.
+    `updates` [b, m, n] and the bases are in the order of `pairs`.
     """
+    assert isinstance(updates, LowRank)
     options = ledger.options
-    updates = [ledger.adapter.updates[pair.source] for pair in pairs]
-    up, down = (
-        torch.stack(factors).to(options.device)
-        for factors in ([x.up for x in updates], [x.down for x in updates])
-    )
-    projected = project_factors(LowRank(up, down), source, target, options.chosen, aligned.similar)
+    with ledger.clock("overlap"):
+        origins = cache.names(ledger.source, [pair.source for pair in pairs], options.rank)
+        ends = cache.names(ledger.target, [pair.target for pair in pairs], options.rank)
+        names = list(zip(origins, ends, strict=True))
+        table = cache.pairs(ledger.source, ledger.target)
+        aligned = align_bases(names, source, target, table)
+    with ledger.clock("project"):
+        if options.device:
+            updates = updates.to(options.device)
+        projected = project_factors(updates, source, target, options.chosen, aligned.similar)
+        _enter_projected(ledger, pairs, projected, aligned, (source, target))
+
+
+def _enter_projected(
+    ledger: Ledger,
+    pairs: list[Pair],
+    projected: Projected,
+    aligned: Alignment,
+    bases: tuple[AnyBasis, AnyBasis],
+) -> None:
+    """Enters projected updates and their measures into the ledger."""
+    options = ledger.options
     info, recompressed = projected.info, projected.recompressed()
     solvers = [
-        "+".join(sorted(set(both))) for both in zip(source.solvers, target.solvers, strict=True)
+        "+".join(sorted(set(both))) for both in zip(*(x.solvers for x in bases), strict=True)
     ]
     measured = Measures.of(info, solvers, aligned.angles_left, aligned.angles_right)
     numbers = info.energy, info.norm_ratio, info.copy_distance

@@ -33,7 +33,7 @@ class Measures:
         ok: whether that bound met the tolerance.
         solver: the algorithm that gave the bases.
         angles_left, angles_right: principal angles between the two subspaces in radians, at the
-            shares `core.similarity.ANGLE_SHARES` of their number, smallest first.
+            shares `core.subspaces.ANGLE_SHARES` of their number, smallest first.
     """
 
     phi_left: float

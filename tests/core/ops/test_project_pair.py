@@ -1,13 +1,13 @@
 """project_pair: every backend against the projectors in float64."""
 
 import pytest
-import reference
 import torch
 from backends import Kernels, load
 from diagonal import pair_up
 from hypothesis import given
 from hypothesis import strategies as st
 
+from prolora.core import reference
 from prolora.core.ops.project_pair import project_pair, run_project_pair
 
 DTYPES = [torch.float32, torch.float64]

@@ -3,11 +3,11 @@
 from functools import reduce
 
 import pytest
-import reference
 import torch
 from backends import Kernels, load
 from spectra import randn
 
+from prolora.core import reference
 from prolora.core.ops import subspace_overlap as module
 from prolora.core.ops.subspace_overlap import subspace_overlap
 

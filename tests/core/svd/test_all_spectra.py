@@ -16,12 +16,12 @@ from collections.abc import Iterator, Sequence
 import pytest
 import torch
 from diagonal import keep_some
-from reference import project_dense
 from spectra import clusters, lapack, planted, power_law, randn, sine, weights
 from torch import Tensor
 
 import prolora
 from prolora import LowRank, project, similarity, truncated_svd
+from prolora.core.reference import project_dense
 from prolora.errors import ShapeMismatch
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from reference import columns_for_energy
 from spectra import lapack, planted, power_law, true_error
 
 from prolora import project, truncated_svd
 from prolora.core.ops import native
+from prolora.core.reference import columns_for_energy
 from prolora.core.svd import smaller_side
 
 if native.EXTENSION.kernels is None:

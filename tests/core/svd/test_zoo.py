@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 from backends import load
-from reference import columns_for_energy
 from safetensors.torch import load_file
 from spectra import clusters, lapack, planted, power_law, spiked, true_error
 
 from prolora import truncated_svd
 from prolora.core.ops import native, precise_product
+from prolora.core.reference import columns_for_energy
 from prolora.core.svd import stacks
 
 EPS32 = torch.finfo(torch.float32).eps

@@ -1,4 +1,4 @@
-"""How alike two subspaces are: overlap with its chance level, and principal angles."""
+"""Comparison of subspaces: their overlap, its chance level, and principal angles."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ from .svd.stacks import is_on_host
 from .validation import check_operand, refuse_vmap
 
 ANGLE_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
-"""The quantiles that describe a spectrum of principal angles, from the smallest to the largest."""
+"""Quantiles of the principal angles that reports contain: 0 is the smallest angle."""
 
 
 @dataclass(frozen=True, repr=False)
 class Similarity:
     """Overlap Φ, 0 … 1, of the leading subspaces of two weights.
 
-    For one pair or a stack of pairs. Φ = ‖U_sᵀU_t‖_F² / min(k_s, k_t): 1 where one subspace
-    contains the other. Two unrelated bases reach the chance level max(k_s, k_t)/dimension, and two
-    bases of the whole space always reach 1.
+    For one pair or a stack of pairs. Φ = ‖U_sᵀU_t‖_F² / min(k_s, k_t) is 1 if one subspace contains
+    the other. Two unrelated bases have on average max(k_s, k_t) / dimension, the chance level: for
+    example 0.25 for 80 columns of 320, and 1 for bases of the whole space.
 
     Attributes:
-        left: [...], of the left subspaces (what the module writes).
-        right: [...], of the right subspaces (what the module reads).
-        chance_left: [...], what unrelated weights would score on the left.
-        chance_right: [...], and on the right.
+        left: [...], Φ of the left subspaces (the output of the module).
+        right: [...], Φ of the right subspaces (the input of the module).
+        chance_left: [...], the chance level of `left`.
+        chance_right: [...], the chance level of `right`.
     """
 
     left: Tensor
@@ -49,7 +49,7 @@ class Similarity:
     chance_right: Tensor
 
     def __repr__(self) -> str:
-        """Writes Similarity(left 0.93, right 0.91, by chance 0.17 and 0.12)."""
+        """Returns, for example, Similarity(left 0.93, right 0.91, by chance 0.17 and 0.12)."""
         left, right, chance_left, chance_right = (
             format_range(x, ".2f")
             for x in (self.left, self.right, self.chance_left, self.chance_right)
@@ -58,7 +58,7 @@ class Similarity:
 
     @property
     def above_left(self) -> Tensor:
-        """(Φ − chance)/(1 − chance): 0 as unrelated, 1 as equal, NaN where chance is 1."""
+        """(Φ − chance)/(1 − chance) on the left: 0 unrelated, 1 equal, NaN if chance is 1."""
         return _above_chance(self.left, self.chance_left)
 
     @property
@@ -102,15 +102,16 @@ def basis_similarity(source: AnyBasis, target: AnyBasis) -> Similarity:
 @refuse_vmap("similarity")
 @in_full_precision
 def similarity(W_src: MatrixLike | Basis, W_tgt: MatrixLike | Basis, *, rank: Rank) -> Similarity:
-    """Measures the subspace similarity Φ of two weights (or stacks), with chance levels.
+    """Computes the overlap Φ of the leading subspaces of two weights or stacks.
 
     Args:
         W_src: [..., m, n] weight, or its Basis.
-        W_tgt: the same shape.
-        rank: columns, or share of energy, as `truncated_svd` takes it; ignored for a Basis.
+        W_tgt: [..., m, n] weight of the same shape, or its Basis.
+        rank: number of columns, or share of the energy, as in `truncated_svd`. Ignored for a
+            Basis.
 
     Returns:
-        Torch tensors, whatever the weights are.
+        A `Similarity` of torch tensors, also for arrays of other libraries.
 
     Raises:
         ShapeMismatch: the shapes differ.
@@ -144,21 +145,21 @@ def principal_angles(X: Array, Y: MatrixLike) -> Array: ...
 @refuse_vmap("principal_angles")
 @in_full_precision
 def principal_angles(X: Any, Y: Any) -> Any:
-    """Measures the principal angles between two column spaces, ascending, in radians.
+    """Computes the principal angles between two column spaces, ascending, in radians.
 
-    Cosines cannot tell angles below √eps from zero, so angles under 45° come from sines: the
-    singular values of Y − X(XᵀY) (Björck & Golub 1973). Everything runs in float64.
+    The cosine of an angle below √eps rounds to 1. Angles below 45° are therefore computed from
+    their sines, the singular values of Y − X(XᵀY) (Björck & Golub 1973), in float64.
 
     Args:
-        X: [..., m, p], full column rank; made orthonormal here.
-        Y: [..., m, q].
+        X: [..., m, p] of full column rank; it need not be orthonormal.
+        Y: [..., m, q], likewise.
 
     Returns:
-        [..., min(p, q)] in float64, as the kind of array X is.
+        [..., min(p, q)] in float64, an array of the same library as X.
 
     Raises:
-        ShapeMismatch: X and Y live in different spaces.
-        NonFiniteWeights: X or Y holds NaN or Inf.
+        ShapeMismatch: X and Y have a different number of rows.
+        NonFiniteWeights: X or Y contains NaN or Inf.
         SolverFailure: the SVD did not converge, or its input overflowed.
         UnsupportedTensor, UnsupportedDevice: as `truncated_svd`.
     """
@@ -190,9 +191,8 @@ def angle_quantiles(
 ) -> tuple[Tensor, Tensor]:
     """Returns quantiles of the principal angles between two stacks of bases.
 
-    The angles are `principal_angles`' by an eighth to a half of the work, since bases are
-    orthonormal (`orthonormal_angles`). With bases in float32 they err by about 1e-7, and by 1e-4
-    next to a right angle.
+    The bases are orthonormal, so this takes an eighth to a half of the time of `principal_angles`
+    (`orthonormal_angles`). The error for bases in float32 is about 1e-7, and 1e-4 near 90°.
 
     Args:
         source: bases or projectors of a stack of matrices [b, m, n].
@@ -200,38 +200,39 @@ def angle_quantiles(
         shares: between 0 (the smallest angle) and 1 (the largest).
 
     Returns:
-        Radians left and right, float64, [b, len(shares)] each; NaN where a basis has no column.
+        Radians on the left and on the right, float64, [b, len(shares)] each; NaN if a basis has no
+        column.
     """
     if isinstance(source, Projectors) and isinstance(target, Projectors):
         return _projector_quantiles(source, target, torch.tensor(shares, dtype=torch.float64))
     assert isinstance(source, Basis) and isinstance(target, Basis)
     work = working_dtype(source.U.dtype, target.U.dtype)
-    wanted = torch.tensor(shares, dtype=torch.float64, device=source.U.device)
+    quantiles = torch.tensor(shares, dtype=torch.float64, device=source.U.device)
     count = torch.minimum(source.rank, target.rank)
     if is_on_host(source.U):
-        return _quantiles_in_turn(source, target, list(range(len(count))), wanted)
+        return _quantiles_in_turn(source, target, list(range(len(count))), quantiles)
     both = []
     for s, t in ((source.U, target.U), (source.V, target.V)):
         angles = stacked_angles(s.to(work), t.to(work), source.rank, target.rank)
         beyond = torch.arange(angles.shape[1], device=angles.device) >= count[:, None]
-        both.append(angles.masked_fill(beyond, torch.nan).nanquantile(wanted, 1).mT)
+        both.append(angles.masked_fill(beyond, torch.nan).nanquantile(quantiles, 1).mT)
     left, right = both
     unknown = (left.isnan() | right.isnan()).any(1) & (count > 0)
-    rest = unknown.nonzero().flatten().tolist()  # the one wait
+    rest = unknown.nonzero().flatten().tolist()  # the only synchronisation with the device
     if rest:
-        left[rest], right[rest] = _quantiles_in_turn(source, target, rest, wanted)
+        left[rest], right[rest] = _quantiles_in_turn(source, target, rest, quantiles)
     return left, right
 
 
 def _quantiles_in_turn(
-    source: Basis, target: Basis, places: list[int], wanted: Tensor
+    source: Basis, target: Basis, places: list[int], shares: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Computes `angle_quantiles` of some matrices, one by one."""
     work = working_dtype(source.U.dtype, target.U.dtype)
     pairs = [(source[i], target[i]) for i in places]
     sides = [(s.U, t.U) for s, t in pairs] + [(s.V, t.V) for s, t in pairs]
     quantiles = map_on_threads(
-        lambda side: orthonormal_angles(*(x.to(work) for x in side)).quantile(wanted), sides
+        lambda side: orthonormal_angles(*(x.to(work) for x in side)).quantile(shares), sides
     )
     left, right = torch.stack(quantiles).chunk(2)
     empty = (torch.minimum(source.rank, target.rank)[places] < 1)[:, None]
@@ -239,7 +240,7 @@ def _quantiles_in_turn(
 
 
 def _projector_quantiles(
-    source: Projectors, target: Projectors, wanted: Tensor
+    source: Projectors, target: Projectors, shares: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Computes `angle_quantiles` of projectors, one pair after the other."""
     pairs = [
@@ -250,7 +251,7 @@ def _projector_quantiles(
 
     def quantiles(pair: tuple[Projector, Projector]) -> Tensor:
         angles = projector_angles(pair[0], pair[1])
-        return angles.quantile(wanted) if len(angles) else torch.full_like(wanted, torch.nan)
+        return angles.quantile(shares) if len(angles) else torch.full_like(shares, torch.nan)
 
     left, right = torch.stack(map_on_threads(quantiles, pairs)).chunk(2)
     return left, right
