@@ -19,7 +19,9 @@ import transformers
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from prolora_icon_family import IconPipeline
+from safetensors.torch import load_file
 
+import prolora
 from prolora import ProLoRAError
 from prolora.fitting.pipelines.pipeline_opening import open_pipeline
 
@@ -37,10 +39,10 @@ def load_example(name: str):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("transfer", "34 of 44 modules moved"),
+        ("transfer", "34 of 44 modules copied"),
         ("check", "44 of 44 modules have their place"),
         ("convert", "441664 bytes became"),
-        ("embed", "1 of 1 modules moved"),
+        ("embed", "1 of 1 modules copied"),
         pytest.param("fit", "44 modules fitted", marks=pytest.mark.slow),
     ],
 )
@@ -50,6 +52,28 @@ def test_a_short_example_runs(name, said, tmp_path, monkeypatch, capsys):
     runpy.run_path(str(file), run_name="__main__")
     assert said in capsys.readouterr().out
     assert len(file.read_text("utf-8").splitlines()) <= (41 if name == "embed" else 20)
+
+
+def test_a_converter_by_hand_writes_what_transfer_projects(tmp_path):
+    """Modules that `transfer` leaves out, because nothing of them is left, are zero here."""
+    weights = EXAMPLES / "icon_family/weights"
+    lora = weights / "loras/neon.safetensors"
+    models = [weights / name for name in ("source", "far")]
+    files = [next((folder / "transformer").glob("*.safetensors")) for folder in models]
+    load_example("by_hand").main(lora, *files, tmp_path / "by_hand.safetensors")
+    found = load_file(tmp_path / "by_hand.safetensors")
+    done = prolora.transfer(lora, *models, method="prolora", threshold=0)
+    moved = done.adapter.updates
+    assert len(found) == 2 * 44
+    for key in [key for key in found if key.endswith(".lora_A.weight")]:
+        name = key.removesuffix(".lora_A.weight")
+        update = found[f"{name}.lora_B.weight"].double() @ found[key].double()
+        expected = moved.get(name.removeprefix("transformer."))
+        if expected is None:
+            assert update.norm() == 0
+        else:
+            wanted = expected.up.double() @ expected.down.double()
+            assert (update - wanted).norm() < 1e-5 * wanted.norm()
 
 
 @pytest.fixture(scope="module")

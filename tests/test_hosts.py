@@ -78,7 +78,7 @@ def test_a_pipeline_of_diffusers_has_the_moved_lora(tmp_path):
     out, inputs = pipe.unet.get_submodule(name).weight.shape
     source = {key: x.clone() for key, x in pipe.unet.state_dict().items()}
     lora = make_lora(torch.ones(out, 2), torch.ones(2, inputs), name)
-    assert "1 of 1 modules moved" in run_host("diffusers_pipeline").load(pipe, lora, source)
+    assert "1 of 1 modules copied" in run_host("diffusers_pipeline").load(pipe, lora, source)
     layer = pipe.unet.get_submodule(name)
     assert bool((layer.get_delta_weight(layer.active_adapters[0]) == 2).all())
 

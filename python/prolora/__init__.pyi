@@ -80,7 +80,7 @@ __all__ = [
 ]
 
 def bake(
-    loras: Sequence[LoraLike],
+    loras: Sequence[LoraLike | Transfer],
     base: BaseLike,
     out: str | PathLike[str] | None = ...,
     options: MergeOptions = ...,
@@ -97,7 +97,7 @@ def bake(
 ) -> BakeReport: ...
 
 def convert(
-    lora: LoraLike,
+    lora: LoraLike | Transfer,
     base: BaseLike | None = ...,
     options: ConvertOptions = ...,
     *,
@@ -128,7 +128,7 @@ def extract(
 ) -> Transfer: ...
 
 def fit(
-    lora: LoraLike,
+    lora: LoraLike | Transfer,
     source: BaseLike | None,
     target: BaseLike,
     options: FitOptions = ...,
@@ -208,7 +208,7 @@ def fit_many(
 
 def load_moved_lora(
     pipe: Any,
-    lora: LoraLike,
+    lora: LoraLike | Transfer,
     source: BaseLike,
     options: TransferOptions = ...,
     *,
@@ -236,7 +236,7 @@ def load_moved_lora(
 ) -> LoraReport: ...
 
 def merge(
-    loras: Sequence[LoraLike],
+    loras: Sequence[LoraLike | Transfer],
     target: BaseLike | None = ...,
     options: MergeOptions = ...,
     *,
@@ -284,7 +284,7 @@ def migrate(
 ) -> list[Migrated]: ...
 
 def transfer(
-    lora: LoraLike,
+    lora: LoraLike | Transfer,
     source: BaseLike,
     target: BaseLike,
     options: TransferOptions = ...,

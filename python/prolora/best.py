@@ -50,7 +50,7 @@ def transfer(
 
     Args:
         lora: a .safetensors file, a PEFT folder, an id on the hub, a state dict, (state dict,
-            `peft.LoraConfig`) or an `Adapter`.
+            `peft.LoraConfig`), an `Adapter`, or the `Transfer` that another call returned.
         source: the base that the LoRA was trained on: a file, a folder, an id on the hub, a mapping
             name -> tensor (of one that is not a dict, only the modules that the LoRA changes are
             read), an nn.Module or an opened `Base`.

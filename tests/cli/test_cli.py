@@ -146,7 +146,7 @@ def test_a_report_is_a_page_where_its_name_says_so(prolora, line, tmp_path):
     code, told, _ = prolora(*line)
     text = page.read_text("utf-8")
     assert code == 0 and f"wrote {page}" in told
-    assert "8 of 12 modules moved" in text and "--report report.html</code>" in text
+    assert "8 of 12 modules copied" in text and "--report report.html</code>" in text
     assert str(tmp_path) not in text  # pages are published
     page.write_text("<!DOCTYPE html><p>mine")
     code, _, error = prolora(*line)

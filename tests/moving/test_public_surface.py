@@ -73,7 +73,7 @@ WRONG = {
     "threshold": (math.nan, -0.1, "0.5"),
     "max_memory": (math.nan, math.inf, "a lot"),
     "strength": (math.nan, 1e160, [1.0]),
-    "out_rank": (None, True, [8], math.nan, 0, 1.0, "half", "0%"),
+    "out_rank": (True, [8], math.nan, 0, 1.0, "half", "0%"),
     "rank": (math.nan, 0, 2.0),
     "method": ("magic",),
     "text_encoder": ("maybe",),

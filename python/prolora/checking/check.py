@@ -6,10 +6,10 @@ import os
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..adapters.adapter_folder import ADAPTER_FILES
-from ..adapters.lora import Lora, LoraSource
+from ..adapters.lora import Lora
 from ..architectures.identify import explain_adapter
 from ..architectures.loaders import known_loaders
 from ..bases.describe import BaseShapes
@@ -24,10 +24,12 @@ if TYPE_CHECKING:  # torch, which takes a second to import, is needed where a ba
     from ..bases.experts import Experts, ExpertsLike
     from ..moving.base_fit import BaseMatch
     from ..moving.base_pair import BasePair
+    from ..verbs.options import LoraLike
+    from ..verbs.result import Transfer
 
 
 def check(
-    lora: LoraSource,
+    lora: LoraLike | Transfer,
     *,
     base: ExpertsLike | None = None,
     program: str | None = None,
@@ -44,7 +46,8 @@ def check(
     names and shapes, fine-tunes of one model take each other's LoRAs, and are not told apart.
 
     Args:
-        lora: a .safetensors file, a PEFT folder, an id on the hub or a state dict; a base model is
+        lora: a .safetensors file, a PEFT folder, an id on the hub, a state dict or the `Transfer`
+            that another call returned, judged as the file that `save` writes; a base model is
             described, too.
         base: as `transfer` takes its bases, of a pipeline with two experts the first; or the id of
             a family ("sdxl") or of a published size ("wan2.2-t2v-a14b").
@@ -89,11 +92,12 @@ class CheckRequest:
         if (self.source is None) != (self.target is None):
             raise InvalidOption("give `source` and `target`, or `base`: a verdict takes two models")
 
-    def check(self, lora: LoraSource, progress: Progress | None) -> Check:
+    def check(self, lora: LoraLike | Transfer, progress: Progress | None) -> Check:
         """Checks one LoRA; see `prolora.check`."""
         opened = open_lora(lora)
         with opened or nullcontext():
             if opened is None:
+                assert isinstance(lora, str | os.PathLike)
                 result = check_model(lora)
             else:
                 result = check_tensors(opened, self.program, self.deep)
@@ -151,11 +155,21 @@ def _read_known_base(header: Lora) -> BaseShapes:
     return base
 
 
-def open_lora(lora: LoraSource) -> Lora | None:
-    """Opens an adapter; None for what can be nothing but a base model."""
+def open_lora(lora: LoraLike | Transfer) -> Lora | None:
+    """Opens an adapter; None for what can be nothing but a base model.
+
+    An `Adapter` and a `Transfer` are opened as the file that they are written to.
+    """
     if isinstance(lora, str | os.PathLike):
         path = Path(lora)
         others = os.path.isdir(path) and not any((path / name).exists() for name in ADAPTER_FILES)
         if others or path.suffix.lower() == ".gguf":
             return None
-    return Lora.open(lora)
+    made: Any = lora
+    if hasattr(made, "adapter"):  # a Transfer
+        return Lora.open(made.state_dict(), made.adapter.metadata)
+    if hasattr(made, "updates"):  # an Adapter
+        from ..adapters import encode_state_dict
+
+        return Lora.open(encode_state_dict(made), made.metadata)
+    return Lora.open(made)

@@ -5,6 +5,7 @@ By name and block rules, by a map, or by the result of `block_matching`; no weig
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -179,6 +180,8 @@ def _partners_by_name(source: Base, target: Base) -> tuple[dict[str, str], str]:
     if source_layout is None or target_layout is None or source_layout == target_layout:
         same = {name: name for name in target.shapes if name in source.shapes}
         if not same:
+            if source.family is target.family is None:
+                _refuse_other_names(source, target)
             _refuse_unrelated(source, target)
         if source_layout is None or target_layout is None:
             _refuse_other_depth(source, target)
@@ -202,6 +205,17 @@ def _partners_by_name(source: Base, target: Base) -> tuple[dict[str, str], str]:
         name: name for name in target.shapes if is_in_text_encoder(name) and name in source.shapes
     }
     return partners, f"{source_layout} to {target_layout}: {rule.evidence.rstrip('.')}"
+
+
+def _refuse_other_names(source: Base, target: Base) -> NoReturn:
+    """Refuses two unknown models that have no name in common, and shows a name of each."""
+    missing = next(iter(source.shapes))
+    there = difflib.get_close_matches(missing, target.shapes, n=1, cutoff=0)
+    raise UnsupportedFormat(
+        f"{target.name} has no {missing}; it has {', '.join(there) or 'no weights'}. "
+        "The two models have no module name in common: rename the weights of one, or give `match` "
+        "a JSON file {target module: source module}"
+    )
 
 
 def _refuse_other_depth(source: Base, target: Base) -> None:

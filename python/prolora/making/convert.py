@@ -88,7 +88,7 @@ def convert(
     """Converts a LoRA: into another format, precision or rank; any kind becomes a plain LoRA.
 
     Args:
-        lora: a .safetensors file, a PEFT folder, an id on the hub, a state dict or an `Adapter`.
+        lora: as `transfer` takes it.
         base: the base that it was trained on. Needed where an update depends on its weights (DoRA,
             GLoRA, OFT), and where names with underscores belong to no known family.
         options: how to convert it.

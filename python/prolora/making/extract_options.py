@@ -44,8 +44,8 @@ class ExtractOptions(Output, Resources):
 
     @property
     def rank(self) -> Rank:
-        """`out_rank`, which is no text."""
-        assert not isinstance(self.out_rank, str)
+        """`out_rank`, which is a number."""
+        assert self.out_rank is not None and not isinstance(self.out_rank, str)
         return self.out_rank
 
     @property

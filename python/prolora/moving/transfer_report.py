@@ -219,13 +219,18 @@ class TransferReport(MovedReport):
             return sentences
         sentences += [self.verdict.sentence()] if self.verdict else []
         whole = "energy that was read" if self.unread else "LoRA's energy"
-        sentences += [
-            *describe_renumbered(self.renumbered),
-            f"The moved modules hold {totals['energy_mapped']:.0%} of the {whole}; "
-            f"'{self.method}' at strength {self.strength:.2g} keeps "
-            f"{totals['energy_surviving']:.0%} of that, and its result is "
-            f"{totals['copy_distance']:.0%} of the update's norm away from plain copying.",
-        ]
+        sentences += describe_renumbered(self.renumbered)
+        if self.method == "copy":
+            scale = "" if self.strength == 1 else f", times {self.strength:.3g}"
+            share = f"{totals['energy_mapped']:.0%}"
+            sentences.append(f"The copied modules hold {share} of the {whole}{scale}.")
+        else:
+            sentences.append(
+                f"The moved modules hold {totals['energy_mapped']:.0%} of the {whole}; "
+                f"'{self.method}' at strength {self.strength:.2g} keeps "
+                f"{totals['energy_surviving']:.0%} of that. The result differs from a copy by "
+                f"{totals['copy_distance']:.0%} of the update's norm."
+            )
         if (totals["energy_mixed"] or 0) > 0.01 and self.method == "prolora":
             sentences.append(
                 f"{totals['energy_mixed']:.0%} lay in the mixed blocks, which '{self.method}' "

@@ -279,8 +279,9 @@ class MovedReport(LoraReport):
         return [*super().sentences(), *([again] if self.before else [])]
 
     def _describe_done(self) -> str:
-        moved = "would move" if self.dry_run and not self.before else "moved"
-        return f"{moved} from {self.source} to {self.target}"
+        past, future = ("copied", "copy") if self.method == "copy" else ("moved", "move")
+        done = f"would {future}" if self.dry_run and not self.before else past
+        return f"{done} from {self.source} to {self.target}"
 
     def numbers(self) -> dict[str, Any]:
         """Returns what the report holds, by name; images are for people."""

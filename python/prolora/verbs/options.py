@@ -33,7 +33,7 @@ from ..files.sizes import parse_limit
 from .block_weights import Blocks, BlockWeights
 from .option_fields import option, read_shown
 
-OutRank = int | float | str
+OutRank = int | float | str | None
 
 EXACT = "exact"
 OUT_RANK_FORMS = (
@@ -64,7 +64,7 @@ def cut_rank(update: LowRank, out_rank: OutRank, rank_in: int) -> LowRank:
     `out_rank` "exact" keeps it; an int keeps at most that many singular values; a float the fewest
     that hold this share of Σσ²; "50%" half as many as the LoRA's own rank `rank_in`, rounded up.
     """
-    if out_rank == EXACT:
+    if out_rank is None or out_rank == EXACT:
         return update
     if isinstance(out_rank, float):
         return update.truncate(energy=out_rank)
@@ -211,8 +211,11 @@ class Output(FileOutput):
     )
 
     def __post_init__(self) -> None:
-        """Refuses a rank that is none, too."""
+        """Refuses an invalid rank; None stands for the default, as for other options."""
         super().__post_init__()
+        if self.out_rank is None:
+            default = type(self).__dataclass_fields__["out_rank"].default
+            object.__setattr__(self, "out_rank", default)
         if not is_out_rank(self.out_rank):
             raise InvalidOption(f"`out_rank` must be {OUT_RANK_FORMS}, not {self.out_rank!r}")
 
