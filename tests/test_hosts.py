@@ -13,6 +13,7 @@ import pytest
 import tiny_pipelines as tiny
 import torch
 from diffusers import StableDiffusionPipeline
+from exchanged import Exchanged
 from safetensors.torch import load_file, save_file
 
 import prolora
@@ -38,7 +39,7 @@ def make_lora(up, down, name=NAME):
 
 def test_every_host_is_served_in_twenty_lines():
     lines = [len(file.read_text("utf-8").splitlines()) for file in HOSTS.glob("*.py")]
-    assert len(lines) == 5 and max(lines) <= 20
+    assert len(lines) == 6 and max(lines) <= 20
 
 
 def test_sd_mecha_adds_the_projection_of_what_training_added(monkeypatch):
@@ -48,6 +49,30 @@ def test_sd_mecha_adds_the_projection_of_what_training_added(monkeypatch):
     source, target, up, down = make_case()
     wanted = target + prolora.project(up @ down, source, target)
     torch.testing.assert_close(add_moved(target, source, source + up @ down), wanted)
+
+
+def test_cupy_gets_its_own_arrays_back_without_a_copy(monkeypatch):
+    """With a stand-in on the CPU: cupy itself needs a GPU to make an array."""
+    read = []
+
+    class ndarray(Exchanged):
+        def __dlpack__(self, **options):
+            read.append(self.tensor.data_ptr())
+            return super().__dlpack__(**options)
+
+    ndarray.__module__ = "cupy"
+    cupy = SimpleNamespace(
+        __name__="cupy",
+        from_dlpack=lambda tensor: ndarray(torch.from_dlpack(tensor)),
+        asarray=lambda array: array,
+    )
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    source, target, up, down = make_case()
+    found = run_host("cupy_arrays").move_update(*map(ndarray, (up, down, source, target)))
+    assert read == [x.data_ptr() for x in (up, down, source, target)]
+    assert [type(x) for x in found] == [ndarray, ndarray]
+    wanted = prolora.project((up, down), source, target)
+    torch.testing.assert_close(found[0].tensor @ found[1].tensor, wanted.dense())
 
 
 @pytest.mark.parametrize("kind", ["torch", "numpy"])

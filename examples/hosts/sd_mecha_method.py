@@ -1,9 +1,9 @@
-"""sd-mecha: what training added to one model, moved to another weight by weight."""
+"""sd-mecha: what training added to one model, projected onto another, weight by weight."""
 
 from sd_mecha import Parameter, Return, merge_method
 from torch import Tensor
 
-import prolora
+from prolora.core import project
 
 
 @merge_method
@@ -14,4 +14,4 @@ def add_moved(
 ) -> Return(Tensor):
     if target.ndim < 2 or target.shape != source.shape:
         return target
-    return target + prolora.project(tuned - source, source, target, rank=0.99)
+    return target + project(tuned - source, source, target, rank=0.99, method="prolora")

@@ -6,4 +6,4 @@ import prolora
 def bake_moved(lora, source, target, strength=1.0):
     """All three are {name: tensor}, of torch or numpy; the result is like `target`."""
     moved = prolora.transfer(lora, source, target)
-    return prolora.bake([moved.adapter], target, strengths=[strength]).tensors
+    return prolora.bake(moved, target, strengths=[strength]).tensors
