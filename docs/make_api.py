@@ -67,6 +67,8 @@ sd-mecha, CuPy, state dicts) need at most 20 lines each.
 - **Compared with fifteen lines of torch** they are faster and give subspaces with a bound on their
   error, the share of the update that was kept (`return_info=True`) and, with `method="auto"`, a
   refusal if two weights have nothing in common.
+- **Errors** are in `prolora.errors`. All are a `ProLoRAError`, which is a `ValueError`; a missing
+  name is a `KeyError`.
 - **Threads.** Every function may be called from several threads at once
   ([more](performance.md#threads-and-core-alone)).
 """

@@ -148,12 +148,14 @@ def test_every_weight_is_read_once_and_those_without_an_update_never():
 def test_a_missing_name_is_refused_before_a_weight_is_read():
     sources, targets = (Lazy(w) for w in pairs({"blocks.0.to_q": (8, 8), "x": (8, 8)}))
     deltas = {name: random_update(8, 8, 2) for name in ("x", "blocks.0.to_k", "y")}
-    with pytest.raises(KeyError, match=r"W_srcs has no 'blocks.0.to_k' and 1 more; it has 'blocks"):
+    with pytest.raises(KeyError, match=r"W_srcs has no 'blocks.0.to_k' and 1 more; one of its"):
         project_many(deltas, sources, targets)
     del deltas["blocks.0.to_k"], deltas["y"], targets.tensors["x"]
     with pytest.raises(KeyError, match="W_tgts has no 'x'"):
         project_many(deltas, sources, targets)
     assert sources.reads == targets.reads == []
+    with pytest.raises(TypeError, match=r"W_srcs is a list.*needs keys\(\)"):
+        project_many(deltas, [], targets)
 
 
 def test_errors_begin_with_the_name():

@@ -217,11 +217,11 @@ def test_bad_input_is_refused_by_name():
 
     known = r"'magic': choose from auto, prolora, "
     for operands, options, kind, words in (
-        ((delta, source, target.T), {"rank": 3}, ShapeMismatch, "W_tgt"),
+        ((delta, source, target.T), {"rank": 3}, ShapeMismatch, "W_tgt.*transposed"),
         (((torch.ones(16, 2), torch.ones(2, 72)), *kernels), {}, ShapeMismatch, "W_tgt"),
         ((stack[:2], stack, stack), {}, ShapeMismatch, "2 updates but 3 weights; give as many"),
-        ((stack, stack[0], stack[0, :, :5]), {}, ShapeMismatch, "between different shapes"),
-        ((stack[:2], stack[:2, :7], stack[:2]), {}, ShapeMismatch, "between different shapes"),
+        ((stack, stack[0], stack[0, :, :5]), {}, ShapeMismatch, "fits weights of its own shape"),
+        ((stack[:2], stack[:2, :7], stack[:2]), {}, ShapeMismatch, "fits weights of its own shape"),
         ((delta, source, broken), {"rank": 3}, NonFiniteWeights, "W_tgt"),
         (((delta.up * torch.nan, delta.down), source, target), {}, NonFiniteWeights, r"delta\.up"),
         ((delta, source, target), {"rank": 0}, ValueError, "rank must be"),

@@ -8,6 +8,8 @@
     LowRank(up, down)                     an update up @ down
     Basis                                 what `truncated_svd` returns
 
+Errors are in `prolora.core.exceptions`; all are a ProLoRAError, which is a ValueError.
+
 `reference.py` defines what these compute, in 60 lines of dense float64. `svd/` has the solvers;
 `ops/` and csrc/ops.h have the compiled operators, which are optional. The folder needs only torch
 and imports nothing from the rest of prolora, so it can be copied into another package.

@@ -130,8 +130,8 @@ def project_many(
     Args:
         deltas: name -> update, in any form that `project` accepts.
         W_srcs: name -> source weight, as in `project`. Names without an update are ignored. A lazy
-            mapping is read with `W_srcs[name]` when the weight is needed, and the weight is
-            released afterwards.
+            mapping (collections.abc.Mapping, or any class with keys() and [name]) is read with
+            `W_srcs[name]` when the weight is needed, and the weight is released afterwards.
         W_tgts: name -> target weight, likewise.
         rank: as in `project`.
         method: as in `project`. "auto" decides for each name.
@@ -141,10 +141,13 @@ def project_many(
 
     Returns:
         name -> result, in the order of `deltas`. Each one is what `project` returns: the subspaces
-        have the same number of columns, the relative difference is at most 1e-5.
+        have the same number of columns, and before rounding to the dtype of the update the relative
+        difference is at most 1e-5. The scale is in the factors: write them to a file without alpha,
+        or with an alpha of their rank.
 
     Raises:
         KeyError: a name of `deltas` is missing in `W_srcs` or `W_tgts`. No weight has been read.
+        TypeError: `W_srcs` or `W_tgts` has no keys().
         TooLittleMemory: `max_bytes` is too small for a pair. No weight has been read.
         ProLoRAError: an error of `project`, with the name in front.
     """
@@ -194,12 +197,17 @@ def project_many(
 
 
 def _check_names(deltas: Mapping[str, Any], weights: Mapping[str, Any], argument: str) -> None:
-    known = set(weights)  # `in` would read the weight from some lazy mappings
+    if not hasattr(weights, "keys"):
+        raise TypeError(
+            f"{argument} is a {type(weights).__name__}, not a mapping of names to weights: it "
+            "needs keys() and [name]; see collections.abc.Mapping"
+        )
+    known = set(weights.keys())  # `in` would read the weight from some lazy mappings
     missing = [name for name in deltas if name not in known]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         similar = difflib.get_close_matches(missing[0], map(str, known), n=1, cutoff=0.8)
-        hint = f"; it has {similar[0]!r}" if similar else ""
+        hint = f"; one of its names is {similar[0]!r}" if similar else ""
         raise KeyError(f"{argument} has no {missing[0]!r}{more}{hint}")
 
 
@@ -289,8 +297,8 @@ def _check_memory(name: str, update: Tensor | LowRank, rank: Rank, max_bytes: in
     if least > max_bytes:
         m, n = update.shape[-2:]
         raise TooLittleMemory(
-            f"max_bytes={max_bytes:,} is too little for {name} [{m}, {n}]: its two weights need "
-            f"{least:,} on {torch.get_num_threads()} threads"
+            f"max_bytes={max_bytes:,} is too little for {name} [{m}, {n}]: to factorise its two "
+            f"weights needs {least:,} on {torch.get_num_threads()} threads"
         )
 
 

@@ -152,10 +152,9 @@ def _read_weight(weight: Tensor | Basis, shape: torch.Size, name: str) -> Tensor
     if weight.ndim in CONVOLUTION and len(shape) == 2:  # the update is factors of a convolution
         weight = weight.flatten(1)
     if weight.shape != shape:
-        raise ShapeMismatch(
-            f"{name} is {list(weight.shape)} but delta {list(shape)}: no published data-free "
-            "method maps between different shapes"
-        )
+        swapped = weight.shape == torch.Size((*shape[:-2], shape[-1], shape[-2]))
+        hint = "; is it transposed?" if swapped else "; an update fits weights of its own shape"
+        raise ShapeMismatch(f"{name} is {list(weight.shape)} but delta {list(shape)}{hint}")
     _check_finite(name, weight)
     return weight.flatten(1) if is_convolution else weight
 

@@ -152,7 +152,7 @@ _ROWS = (
 )
 
 METHODS: Mapping[str, Method] = MappingProxyType({method.name: method for method in _ROWS})
-"""Every method by its name."""
+"""Name -> method: "prolora", the projection of the paper, and "copy"."""
 
 
 _OF_FILES = {"best": "transfer", "fit": "fit"}
