@@ -117,12 +117,13 @@ def krylov_triplets(
         w, norm, k, seed, stored if _takes_stored(w, norm, k, seed, stored) else None
     )
     first = max(k + 2 * count_guard(k), int(TUNING.first_look * k))
+    gain = TUNING.refinement_gain if is_on_host(w) else TUNING.refinement_gain_gpu
     schedule = Schedule(
         min(basis.largest, first),
         k,
         basis.width,
         basis.largest,
-        max(TUNING.refinement_gain * tol, EPS32),
+        max(gain * tol, EPS32),
     )
     places, parts = list(range(len(w))), list[tuple[list[int], Triplets]]()
     reached = dict[int, float]()  # of a matrix, the sine that its last refinement proved
