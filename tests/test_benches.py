@@ -33,6 +33,23 @@ def test_a_bench_can_be_imported(name):
     importlib.import_module(name)
 
 
+def test_stored_keys_of_trainers_can_be_read(monkeypatch):
+    """The first is a LoRA of musubi-tuner of which ComfyUI reads 108 modules of 756."""
+    monkeypatch.syspath_prepend(BENCH)
+    import trainer_files
+
+    version, cells = trainer_files.read_cells("musubi_tuner")
+    counts = {cell.model: len(cell.modules) for cell in cells}
+    assert "30c658c" in version and 756 in counts.values()
+    for file in trainer_files.RESULTS.glob("*.json"):
+        for cell in trainer_files.read_cells(file.stem)[1]:
+            assert (cell.how == "not obtainable") == (not cell.modules), cell.model
+            assert len(cell.make_tensors()) == len(cell.modules) * len(cell.suffixes)
+            assert trainer_files.unfold_modules(trainer_files.fold_modules(cell.modules)) == {
+                **cell.modules
+            }
+
+
 def test_the_figure_of_the_evidence_shows_what_the_stored_rows_give(monkeypatch):
     monkeypatch.syspath_prepend(BENCH / "quality")
     import evidence

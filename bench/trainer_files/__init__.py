@@ -1,0 +1,111 @@
+"""The keys of LoRAs as trainers write them, by the trainers' own code: a file for each trainer.
+
+    python bench/trainer_files/write.py TRAINER CHECKOUT [--version V]
+
+CHECKOUT is a folder with the trainer's source; nothing of it is kept. Each trainer's module has
+`list_cells(checkout)`, which yields a `Cell` for every model that the trainer can make a LoRA of.
+write.py stores them in bench/results/trainers/TRAINER.json, and bench/loader_matrix.py reads them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+RESULTS = Path(__file__).parents[1] / "results/trainers"
+RANK = 4
+Shape = tuple[int, ...]
+How = Literal["network class", "key list", "not obtainable"]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The LoRA that one trainer writes for one model.
+
+    Attributes:
+        model: the trainer's own name of the model, for example "hunyuan_video_1_5".
+        family: the id of the family in prolora, for example "hunyuan-video-1.5"; "" if it has none.
+        layout: the id of the published size in prolora, likewise.
+        how: "network class": the trainer's class of networks was applied to its class of the model;
+            "key list": the trainer's code has the names, or makes them without a model; "not
+            obtainable": `note` has the reason.
+        note: the classes or the function that were used, or the reason.
+        modules: path in the file -> shape of the weight [out, in, ...]. The path has no suffix, for
+            example "lora_unet_blocks_0_attn_qkv".
+        suffixes: of each module's keys, in the order down, up, alpha if there is one. For example
+            (".lora_down.weight", ".lora_up.weight", ".alpha").
+        metadata: what the file's header says about the model, for example `ss_base_model_version`.
+    """
+
+    model: str
+    family: str
+    layout: str
+    how: How
+    note: str
+    modules: Mapping[str, Shape] = field(default_factory=dict)
+    suffixes: tuple[str, ...] = (".lora_down.weight", ".lora_up.weight", ".alpha")
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def make_tensors(self) -> dict[str, Tensor]:
+        """Returns the tensors of the file, of rank 4 (1 if the module is too small), all ones."""
+        tensors = {}
+        for path, (out, *inputs) in self.modules.items():
+            rank = min(RANK, out, torch.Size(inputs).numel())
+            down = torch.ones(rank, *inputs)
+            up = torch.ones(out, rank, *([1] * (len(inputs) - 1)))
+            for suffix, tensor in zip(
+                self.suffixes, (down, up, torch.tensor(float(rank))), strict=False
+            ):
+                tensors[path + suffix] = tensor
+        return tensors
+
+
+def write_cells(trainer: str, version: str, cells: Iterable[Cell]) -> None:
+    """Stores the cells of a trainer, in place of those that were there."""
+    rows = [asdict(cell) | {"modules": fold_modules(cell.modules)} for cell in cells]
+    lines = ",\n".join(
+        "  " + json.dumps(row, ensure_ascii=False, separators=(",", ":")) for row in rows
+    )
+    RESULTS.mkdir(exist_ok=True)
+    text = f'{{"version": {json.dumps(version)}, "cells": [\n{lines}\n]}}\n'
+    (RESULTS / f"{trainer}.json").write_text(text, "utf-8")
+
+
+def read_cells(trainer: str) -> tuple[str, list[Cell]]:
+    """Returns the version of a trainer and its cells."""
+    stored = json.loads((RESULTS / f"{trainer}.json").read_text("utf-8"))
+    cells = []
+    for row in stored["cells"]:
+        row |= {"modules": unfold_modules(row["modules"]), "suffixes": tuple(row["suffixes"])}
+        cells.append(Cell(**row))
+    return stored["version"], cells
+
+
+def fold_modules(modules: Mapping[str, Shape]) -> list[list[Any]]:
+    """Writes paths that differ in numbers once: [pattern, shape, [numbers of each path]].
+
+    For example {"blocks.0.q": (8, 8), "blocks.1.q": (8, 8)} -> [["blocks.#.q", [8, 8], "0 1"]].
+    """
+    folded: dict[tuple[str, Shape], list[str]] = {}
+    for path, shape in modules.items():
+        numbers = re.findall(r"\d+", path)
+        pattern = re.sub(r"\d+", "#", path)
+        folded.setdefault((pattern, tuple(shape)), []).append(",".join(numbers))
+    return [[pattern, list(shape), " ".join(of)] for (pattern, shape), of in folded.items()]
+
+
+def unfold_modules(folded: Iterable[tuple[str, list[int], str]]) -> dict[str, Shape]:
+    """Undoes `fold_modules`, apart from the order."""
+    modules = {}
+    for pattern, shape, of in folded:
+        for numbers in of.split(" "):
+            each = iter(numbers.split(","))
+            modules[re.sub("#", lambda _, each=each: next(each), pattern)] = tuple(shape)
+    return modules
