@@ -46,7 +46,14 @@ from prolora.adapters.keys.tensor_keys import split_key
 from prolora.adapters.lora import Lora
 from prolora.architectures import loaders
 from prolora.architectures.families import known_families, loaded_families
-from prolora.architectures.family import Family, Spelling
+from prolora.architectures.family import (
+    NUMBER,
+    Family,
+    Fused,
+    Spelling,
+    Variant,
+    list_trials,
+)
 from prolora.architectures.identify import Model, share_rows
 from prolora.architectures.layouts import UNUSED, load_layout
 from prolora.architectures.modules import (
@@ -79,6 +86,42 @@ SPELLINGS = (
     Spelling("lora_transformer_", "diffusers", dotted=False),
     Spelling("lycoris_", "diffusers", dotted=False),
 )
+PREFIXES = (
+    "diffusion_model.",
+    "model.diffusion_model.",
+    "diffusion_model.model.",
+    "diffusion_model.decoder.",
+    "transformer.",
+    "transformer.base_model.model.",
+    "base_model.model.",
+    "base_model.model.diffusion_model.",
+    "unet.base_model.model.",
+    "unet.",
+    "net.",
+    "model.",
+    "pipe.dit.",
+    "",
+    "lora_unet_",
+    "lora_unet__",
+    "lora_unet_unet_",
+    "lora_unet_model_",
+    "lora_unet_decoder_",
+    "lora_unet.",
+    "lora_transformer_",
+    "lora_transformer.",
+    "lycoris_",
+    "lycoris.",
+)
+"""What files of trainers have before the names of a transformer's modules."""
+VARIANTS: tuple[Variant, ...] = ("diffusers", "authors", "alias", "part", "fused")
+FURTHER = {
+    f"{prefix}|{variant}": (prefix, variant)
+    for prefix in PREFIXES
+    for variant in VARIANTS
+    if variant not in ("diffusers", "authors")
+    or Spelling(prefix, variant, prefix[-1:] != "_") not in SPELLINGS
+}
+"""Row -> (prefix, variant) of the files that no format of prolora's writes."""
 MOST_LISTED = 32
 """Patterns of modules that the table lists; of a program that leaves more it says "in part"."""
 NOT_TRIED = ("audio_injector.", "casual_audio_encoder.", "face_", "fps_projection.")
@@ -227,6 +270,114 @@ def encode(
     groups = lay_out(adapter, format).groups
     keys = {name: by_path[group.path] for group in groups for name in group.parts}
     return tensors, keys
+
+
+def make_file(
+    family: Family, layout: str, further: tuple[str, Variant], keep: Callable[[str], bool]
+) -> list[tuple[dict[str, Tensor], Keys]]:
+    """Files of rank 1 whose modules have the names of a variant, and the keys of these modules.
+
+    A module without such a name has the authors' or, beside fused ones, diffusers'. Its keys are
+    not listed. Where a weight has several aliases there are several files.
+    """
+    prefix, variant = further
+    shapes = {n: s for n, s in list_linear(family.id, layout).items() if keep(n)}
+    names: dict[str, list[tuple[str, Fused]]] = {}  # first module -> names in files
+    for pattern, entry in family.list_variant(variant).items():
+        names.setdefault(entry.parts[0], []).append((pattern, entry))
+    others = family.list_variant("diffusers" if variant in ("diffusers", "fused") else "authors")
+    plain = {entry.parts[0]: (pattern, entry) for pattern, entry in others.items()}
+    files = []
+    for number in range(max(map(len, names.values()), default=0)):
+        tensors: dict[str, Tensor] = {}
+        keys: Keys = {}
+        done: set[str] = set()
+        for name in shapes:
+            if name in done:
+                continue
+            pattern, numbers = find_numbers(family, name)
+            some = names.get(pattern, [])
+            choices = [(some[min(number, len(some) - 1)], True)] if some else []
+            choices += [(plain[pattern], False)] if pattern in plain else []
+            for (spelled, entry), is_variant in choices:
+                parts = [fill_numbers(part, numbers) for part in entry.parts]
+                if all(part in shapes for part in parts):
+                    path = fill_numbers(spelled, numbers)
+                    added = add_update(tensors, family, prefix, path, [shapes[p] for p in parts])
+                    done.update(parts)
+                    keys |= dict.fromkeys(parts, added) if is_variant else {}
+                    break
+        if keys:
+            files.append((tensors, keys))
+    return files
+
+
+def find_numbers(family: Family, name: str) -> tuple[str, tuple[str, ...]]:
+    """The pattern of a canonical module, and the numbers in it."""
+    return next((one for one in list_trials(name, ".") if one[0] in family.shapes), (name, ()))
+
+
+def fill_numbers(pattern: str, numbers: tuple[str, ...]) -> str:
+    """A pattern with its numbers."""
+    each = iter(numbers)
+    return ".".join(next(each) if word == NUMBER else word for word in pattern.split("."))
+
+
+def add_update(
+    tensors: dict[str, Tensor],
+    family: Family,
+    prefix: str,
+    path: str,
+    shapes: list[tuple[int, int]],
+) -> list[str]:
+    """Adds an update with numbered rows; returns its keys."""
+    rows = torch.cat([number_rows(out) for out, _ in shapes])
+    weight = family.find_weight(path)
+    if weight and not family.find_module(path) and weight.is_swapped((len(rows), shapes[0][1])):
+        rows = rows.roll(len(rows) // 2, 0)
+    dotted = prefix[-1:] != "_"
+    path = prefix + (path if dotted else path.replace(".", "_"))
+    kohya = not dotted or prefix.startswith(("lora_", "lycoris"))
+    up, down = ("lora_up", "lora_down") if kohya else ("lora_B", "lora_A")
+    added = {f"{path}.{up}.weight": rows, f"{path}.{down}.weight": torch.ones(1, shapes[0][1])}
+    added |= {f"{path}.alpha": torch.ones(())} if kohya else {}
+    tensors |= added
+    return [*added]
+
+
+def measure_further(
+    family: Family, layout: str, read: Read, further: tuple[str, Variant]
+) -> dict[str, object] | None:
+    """As `measure`, for files that no format of prolora's writes."""
+    usual = set(load_layout(layout).adapted)
+
+    def run(keep: Callable[[str], bool]) -> tuple[dict[str, bool], int, int]:
+        modules: dict[str, bool] = {}
+        took = every = 0
+        for tensors, keys in make_file(family, layout, further, keep):
+            try:
+                taken = read(dict(tensors), keys) & tensors.keys()
+            except PROGRAM_ERRORS:
+                taken = set()
+            took, every = took + len(taken), every + len(tensors)
+            for name, of in keys.items():
+                modules[name] = modules.get(name, True) and set(of) <= taken
+        return modules, took, every
+
+    modules, took, every = run(lambda name: True)
+    if not modules:
+        return None  # the family has no such names
+    common, stops = run(lambda name: name in usual), False
+    if not any(modules.values()):
+        modules = find_readable(family, run, usual, modules)
+        stops = any(modules.values())
+    unread = sorted({str(family.find_pattern(name)) for name, ok in modules.items() if not ok})
+    return {
+        "keys": [took, every],
+        "usual": [*common[1:]],
+        "unread": unread if any(modules.values()) else ["*"],
+        **({"stops": True} if stops else {}),
+    }
 
 
 def measure(
@@ -410,6 +561,9 @@ def tabulate(
                 if counts is not None:
                     counts |= {"text": text} if text else {}
                     rows[row[0]] = counts
+            for row, further in FURTHER.items() if not family.unet else ():
+                if row not in rows and (counts := measure_further(family, layout, read, further)):
+                    rows[row] = counts
             sizes[layout] = rows
         if sizes:
             table[id_] = sizes

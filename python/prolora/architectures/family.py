@@ -12,9 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, lru_cache
 from types import MappingProxyType
-from typing import Literal, NamedTuple
+from typing import Generic, Literal, NamedTuple, TypeVar
 
 from .layouts import load_patterns
+
+Meaning = TypeVar("Meaning")
 
 NUMBER = "N"
 """Stands in a pattern of module names for the number of a block (or of an expert)."""
@@ -59,6 +61,17 @@ _FUSED_PROJECTIONS = {
 }
 
 
+Variant = Literal["diffusers", "authors", "alias", "part", "fused"]
+"""Whose name a module has in a file. For the queries of a block of HunyuanVideo, for example:
+
+* "diffusers": `transformer_blocks.0.attn.to_q`;
+* "authors": `double_blocks.0.img_attn.qkv`, the name in ComfyUI's checkpoint;
+* "alias": `double_blocks.0.img_attn_qkv`, another name of the same weight (`Family.aliases`);
+* "part": `double_blocks.0.img_attn.qkv.0`, a part of a fused weight, counted from 0;
+* "fused": `transformer_blocks.0.attn.to_qkv`, as diffusers' `fuse_projections` names it.
+"""
+
+
 class Spelling(NamedTuple):
     """How a file spells the modules of a family."""
 
@@ -87,6 +100,7 @@ class AuthorsWeight(NamedTuple):
     shares: tuple[int, ...]  # rows of each part, in units
     # Are the halves of its rows in the other order than in diffusers? See `Swapped`.
     swap: Literal["never", "always", "if two"] = "never"
+    variant: Variant = "authors"  # how the file spelled it; `name` is the authors' own
 
     def split_rows(self, height: int) -> tuple[int, ...]:
         """Returns the rows of each part of a matrix [height, n]; () if they do not divide."""
@@ -177,7 +191,10 @@ class Family:
         `name` has no prefix; `dotted` is False where it has underscores in place of dots.
         """
         match = _match_pattern(name, self._weights, dotted)
-        return self._make_weight(*match) if match else None
+        if match is None:
+            return None
+        (pattern, variant), numbers = match
+        return self._make_weight(pattern, numbers, variant)
 
     def find_weight_holding(self, module: str) -> AuthorsWeight | None:
         """Returns the authors' weight that is a canonical module or has its rows."""
@@ -190,7 +207,26 @@ class Family:
         own = match[0] if match else ""
         return self._holders.dotted.get(own) == own and self.authors.get(own, own) == own
 
-    def _make_weight(self, pattern: str, numbers: tuple[str, ...]) -> AuthorsWeight:
+    def list_variant(self, variant: Variant) -> dict[str, Fused]:
+        """Returns pattern in files -> its modules, for all names of one variant.
+
+        A weight may have several aliases. Weights that hold one module have it as their only part.
+        """
+        if variant == "diffusers":
+            return {pattern: Fused((pattern,), (1,)) for pattern in self.shapes}
+        entries = {
+            pattern: self._entries[meaning]
+            for pattern, (meaning, own) in self._weights.dotted.items()
+            if own == variant
+        }
+        return {
+            pattern: entry if isinstance(entry, Fused) else Fused(list_parts(entry), (1,))
+            for pattern, entry in entries.items()
+        }
+
+    def _make_weight(
+        self, pattern: str, numbers: tuple[str, ...], variant: Variant = "authors"
+    ) -> AuthorsWeight:
         """Fills the numbers of blocks into an authors' pattern."""
         entry = self._entries[pattern]
         shares = entry.shares if isinstance(entry, Fused) else (1,)
@@ -198,16 +234,16 @@ class Family:
         if isinstance(entry, Swapped):
             swap = "if two" if entry.only_if_two else "always"
         filled = tuple(_fill_pattern(part, numbers) for part in list_parts(entry))
-        return AuthorsWeight(_fill_pattern(pattern, numbers), filled, shares, swap)
+        return AuthorsWeight(_fill_pattern(pattern, numbers), filled, shares, swap, variant)
 
     @cached_property
-    def _holders(self) -> _Patterns:
+    def _holders(self) -> _Patterns[str]:
         """Canonical patterns -> the authors' pattern that holds them."""
         listed = {part: name for name, entry in self.authors.items() for part in list_parts(entry)}
         return _Patterns({name: name for name in self.shapes} | listed)
 
     @cached_property
-    def _modules(self) -> _Patterns:
+    def _modules(self) -> _Patterns[str]:
         return _Patterns({name: name for name in self._holders.dotted})
 
     @cached_property
@@ -238,26 +274,38 @@ class Family:
         return entries
 
     @cached_property
-    def _weights(self) -> _Patterns:
-        """Names that files have for the authors' weights -> the authors' pattern."""
-        aliases = {name: to for name, to in self.aliases.items() if isinstance(to, str)}
-        return _Patterns({name: name for name in self._entries} | aliases)
+    def _weights(self) -> _Patterns[tuple[str, Variant]]:
+        """Names that files have for the authors' weights -> the authors' pattern, the variant."""
+        fused, same = self._list_fused(), self._holders.dotted
+        known: dict[str, tuple[str, Variant]] = {}
+        for name in self._entries:
+            variant: Variant = "fused" if name in fused else "part"
+            if name in self.aliases:
+                variant = "alias"
+            if name in self.authors or same.get(name) == name:
+                variant = "authors"
+            known[name] = name, variant
+        for name, meaning in self.aliases.items():
+            known[name] = (meaning if isinstance(meaning, str) else name), "alias"
+        return _Patterns(known)
 
 
-class _Patterns:
+class _Patterns(Generic[Meaning]):
     """Patterns of names, for names with numbers, dotted or underscored."""
 
-    def __init__(self, meanings: Mapping[str, str]) -> None:
+    def __init__(self, meanings: Mapping[str, Meaning]) -> None:
         self.dotted = dict(meanings)
 
     @cached_property
-    def underscored(self) -> dict[str, str]:
-        return {name.replace(".", "_"): meaning for name, meaning in self.dotted.items()}
+    def underscored(self) -> dict[str, Meaning]:
+        """The first of two names counts: authors' names come before aliases."""
+        pairs = reversed(self.dotted.items())
+        return {name.replace(".", "_"): meaning for name, meaning in pairs}
 
 
 def _match_pattern(
-    name: str, patterns: _Patterns, dotted: bool
-) -> tuple[str, tuple[str, ...]] | None:
+    name: str, patterns: _Patterns[Meaning], dotted: bool
+) -> tuple[Meaning, tuple[str, ...]] | None:
     """Returns the meaning of a name's pattern and its numbers, None if unknown."""
     table = patterns.dotted if dotted else patterns.underscored
     for trial, numbers in list_trials(name, "." if dotted else "_"):
