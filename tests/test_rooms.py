@@ -15,6 +15,7 @@ import mini
 import pytest
 import structure
 import typer
+from checkout import ROOT
 from fresh import run_fresh
 
 import prolora
@@ -298,11 +299,10 @@ def test_a_call_names_its_arguments(trees):
 
 def test_the_core_is_explained_in_five_hundred_lines():
     """Those that docs/architecture.md names first."""
-    root = PACKAGE.parents[1]
-    page = (root / "docs/architecture.md").read_text("utf-8").partition("## The rooms")[0]
+    page = (ROOT / "docs/architecture.md").read_text("utf-8").partition("## The rooms")[0]
     files = re.findall(r"\]\(\.\./(\S+\.(?:py|md|h))\)", page)
     assert len(files) == 5
-    assert sum(len((root / file).read_text("utf-8").splitlines()) for file in files) <= 500
+    assert sum(len((ROOT / file).read_text("utf-8").splitlines()) for file in files) <= 500
 
 
 def test_files_do_not_import_each_other_in_circles(trees):
