@@ -2,13 +2,18 @@
 
     python bench/loader_matrix.py PROGRAM CHECKOUT [--version V] [--families flux wan] [--json FILE]
     python bench/loader_matrix.py PROGRAM CHECKOUT --alpha
+    python bench/loader_matrix.py PROGRAM CHECKOUT --further [--families flux wan]
+    python bench/loader_matrix.py PROGRAM CHECKOUT --trainers
     python bench/loader_matrix.py PROGRAM CHECKOUT --files FOLDER
     python bench/loader_matrix.py table
 
 The first adds its counts to bench/results/loaders.json (or FILE), the second what becomes of
-kohya's files without alphas, and of others with them. The third adds which kinds of updates the
-program reads in the files of docs/make_conformance.py, and prints where `prolora check --for`
-counts otherwise. The last makes python/prolora/architectures/loaders.json from the counts: what
+kohya's files without alphas, and of others with them. The third adds the spellings that trainers
+write and no format of prolora's has. The fourth runs the program on the files of
+bench/results/trainers and stores, beside what it read of each, what `prolora check --for` says
+(bench/results/trainers_read.json). The fifth adds which kinds of updates the program reads in
+the files of docs/make_conformance.py, and prints where `prolora check --for` counts otherwise. The
+last makes python/prolora/architectures/loaders.json from the counts: what
 prolora knows of programs.
 
 CHECKOUT is a folder with the program's source; nothing of it is kept. A LoRA over the linear layers
@@ -26,17 +31,19 @@ import logging
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import trainer_files
 from loader_programs import PROGRAMS, Keys, Open, Read
 from loader_programs.common import number_rows
 from safetensors.torch import load_file
 from torch import Tensor
 
+from prolora import convert
 from prolora.adapters import Adapter
 from prolora.adapters.contents import parse_contents
 from prolora.adapters.formats.encoding import encode_adapter
@@ -64,10 +71,14 @@ from prolora.architectures.modules import (
     is_linear,
 )
 from prolora.checking.check import check
+from prolora.checking.check_result import Check
 from prolora.core.lowrank import LowRank
 from prolora.errors import UnsupportedFormat
 
+Keep = Callable[[str], bool]
+"""Which modules a file has."""
 RESULTS = Path(__file__).parent / "results/loaders.json"
+TRAINERS = RESULTS.with_name("trainers_read.json")
 TABLE = Path(loaders.__file__).with_suffix(".json")
 WHOLE: set[str] = set()
 """Families of which LoRAs have all blocks, since the program counts them."""
@@ -122,6 +133,8 @@ FURTHER = {
     or Spelling(prefix, variant, prefix[-1:] != "_") not in SPELLINGS
 }
 """Row -> (prefix, variant) of the files that no format of prolora's writes."""
+EVERYONES = [f"{one.prefix}|{one.names}" for one in SPELLINGS]
+"""Rows that every program is tried with."""
 MOST_LISTED = 32
 """Patterns of modules that the table lists; of a program that leaves more it says "in part"."""
 NOT_TRIED = ("audio_injector.", "casual_audio_encoder.", "face_", "fps_projection.")
@@ -193,7 +206,7 @@ def list_linear(id_: str, layout: str) -> dict[str, tuple[int, int]]:
     return {name: shape for name, shape in shapes.items() if name in chosen}
 
 
-def make_adapter(family: Family, layout: str, keep: Callable[[str], bool]) -> Adapter:
+def make_adapter(family: Family, layout: str, keep: Keep) -> Adapter:
     """A LoRA of rank 1."""
     updates = {
         name: LowRank(number_rows(m), torch.ones(1, n))
@@ -272,13 +285,21 @@ def encode(
     return tensors, keys
 
 
-def make_file(
-    family: Family, layout: str, further: tuple[str, Variant], keep: Callable[[str], bool]
-) -> list[tuple[dict[str, Tensor], Keys]]:
-    """Files of rank 1 whose modules have the names of a variant, and the keys of these modules.
+class VariantFile(NamedTuple):
+    """A file of rank 1 whose modules have the names of a variant."""
+
+    tensors: dict[str, Tensor]
+    keys: Keys  # of the modules that have such a name
+    patterns: dict[str, str]  # module -> the pattern of its name in the file
+
+
+def make_files(
+    family: Family, layout: str, further: tuple[str, Variant], keep: Keep
+) -> list[VariantFile]:
+    """The files of a variant: several where a weight has several aliases.
 
     A module without such a name has the authors' or, beside fused ones, diffusers'. Its keys are
-    not listed. Where a weight has several aliases there are several files.
+    not listed.
     """
     prefix, variant = further
     shapes = {n: s for n, s in list_linear(family.id, layout).items() if keep(n)}
@@ -289,8 +310,7 @@ def make_file(
     plain = {entry.parts[0]: (pattern, entry) for pattern, entry in others.items()}
     files = []
     for number in range(max(map(len, names.values()), default=0)):
-        tensors: dict[str, Tensor] = {}
-        keys: Keys = {}
+        file = VariantFile({}, {}, {})
         done: set[str] = set()
         for name in shapes:
             if name in done:
@@ -301,14 +321,17 @@ def make_file(
             choices += [(plain[pattern], False)] if pattern in plain else []
             for (spelled, entry), is_variant in choices:
                 parts = [fill_numbers(part, numbers) for part in entry.parts]
-                if all(part in shapes for part in parts):
+                if all(part in shapes and part not in done for part in parts):
                     path = fill_numbers(spelled, numbers)
-                    added = add_update(tensors, family, prefix, path, [shapes[p] for p in parts])
+                    sizes = [shapes[part] for part in parts]
+                    added = add_update(file.tensors, family, prefix, path, sizes)
                     done.update(parts)
-                    keys |= dict.fromkeys(parts, added) if is_variant else {}
+                    if is_variant:
+                        file.keys.update(dict.fromkeys(parts, added))
+                        file.patterns.update(dict.fromkeys(parts, spelled))
                     break
-        if keys:
-            files.append((tensors, keys))
+        if file.keys:
+            files.append(file)
     return files
 
 
@@ -348,34 +371,48 @@ def add_update(
 def measure_further(
     family: Family, layout: str, read: Read, further: tuple[str, Variant]
 ) -> dict[str, object] | None:
-    """As `measure`, for files that no format of prolora's writes."""
-    usual = set(load_layout(layout).adapted)
+    """As `measure`, for files that no format of prolora's writes.
 
-    def run(keep: Callable[[str], bool]) -> tuple[dict[str, bool], int, int]:
-        modules: dict[str, bool] = {}
-        took = every = 0
-        for tensors, keys in make_file(family, layout, further, keep):
+    What a program does not read are patterns of names in the file, where these are neither the
+    authors' nor diffusers'.
+    """
+    usual = set(load_layout(layout).adapted)
+    own_names = further[1] in ("diffusers", "authors")
+    unread, reads, stops, counts = set[str](), False, False, [0, 0, 0, 0]
+    for number, whole in enumerate(make_files(family, layout, further, lambda name: True)):
+        refused = False
+
+        def run(
+            keep: Callable[[str], bool], number: int = number
+        ) -> tuple[dict[str, bool], int, int]:
+            nonlocal refused
+            files = make_files(family, layout, further, keep)
+            if not files:
+                return {}, 0, 0
+            tensors, keys, _ = files[min(number, len(files) - 1)]
             try:
                 taken = read(dict(tensors), keys) & tensors.keys()
             except PROGRAM_ERRORS:
-                taken = set()
-            took, every = took + len(taken), every + len(tensors)
-            for name, of in keys.items():
-                modules[name] = modules.get(name, True) and set(of) <= taken
-        return modules, took, every
+                taken, refused = set(), True
+            modules = {name: set(of) <= taken for name, of in keys.items()}
+            return modules, len(taken), len(tensors)
 
-    modules, took, every = run(lambda name: True)
-    if not modules:
+        modules, took, every = run(lambda name: True)
+        _, *common = run(lambda name: name in usual)
+        counts = [a + b for a, b in zip(counts, (took, every, *common), strict=True)]
+        if refused and not any(modules.values()):
+            modules = find_readable(family, run, usual, modules)
+            stops = stops or any(modules.values())
+        reads = reads or any(modules.values())
+        lost = [name for name, ok in modules.items() if not ok]
+        patterns = (family.find_pattern(n) if own_names else whole.patterns[n] for n in lost)
+        unread |= set(map(str, patterns))
+    if not counts[1]:
         return None  # the family has no such names
-    common, stops = run(lambda name: name in usual), False
-    if not any(modules.values()):
-        modules = find_readable(family, run, usual, modules)
-        stops = any(modules.values())
-    unread = sorted({str(family.find_pattern(name)) for name, ok in modules.items() if not ok})
     return {
-        "keys": [took, every],
-        "usual": [*common[1:]],
-        "unread": unread if any(modules.values()) else ["*"],
+        "keys": counts[:2],
+        "usual": counts[2:],
+        "unread": sorted(unread) if reads else ["*"],
         **({"stops": True} if stops else {}),
     }
 
@@ -391,7 +428,7 @@ def measure(
     usual = set(load_layout(layout).adapted)
     _, format, spelling = row
 
-    def run(keep: Callable[[str], bool]) -> tuple[dict[str, bool], int, int]:
+    def run(keep: Keep) -> tuple[dict[str, bool], int, int]:
         adapter = make_adapter(family, layout, keep)
         tensors, keys = encode(adapter, format, spelling, swapped)
         try:
@@ -425,7 +462,7 @@ def measure(
 
 def find_readable(
     family: Family,
-    run: Callable[[Callable[[str], bool]], tuple[dict[str, bool], int, int]],
+    run: Callable[[Keep], tuple[dict[str, bool], int, int]],
     usual: set[str],
     modules: Iterable[str],
 ) -> dict[str, bool]:
@@ -469,12 +506,13 @@ def number_parts(tensors: dict[str, Tensor], slots: list[Slot]) -> dict[str, Ten
     """Numbers the rows of every column, anew in each part of a fused weight."""
     for slot in slots:
         for key in slot.keys.values():
-            if tensors[key].shape[1:] == (1,):
+            if tensors[key].shape[1:].numel() == 1 and tensors[key].ndim > 1:
                 size, matrix = (len(tensors[key]), 1), slot.module.matrix
                 parts = share_rows(matrix, size).values() if matrix else [size]
                 rows = torch.cat([number_rows(m) for m, _ in parts])
                 swapped = matrix and matrix.is_swapped((slot.form.out, slot.form.inputs))
-                tensors[key] = rows.roll(len(rows) // 2, 0) if swapped else rows
+                rows = rows.roll(len(rows) // 2, 0) if swapped else rows
+                tensors[key] = rows.reshape(tensors[key].shape)
     return tensors
 
 
@@ -535,6 +573,59 @@ def compare_files(open_program: Open, program: str, folder: Path) -> list[str]:
     return sorted(kind for kind, of in fair.items() if of and of <= wholes.get(kind, set()))
 
 
+def judge_trainers(open_program: Open, program: str) -> list[dict[str, Any]]:
+    """What a program reads of trainers' files, and what `check` says of that."""
+    rows: list[dict[str, Any]] = []
+    for stored in sorted(trainer_files.RESULTS.glob("*.json")):
+        for cell in trainer_files.read_cells(stored.stem)[1]:
+            family = known_families().get(cell.family)
+            if not cell.modules or family is None or not cell.layout:
+                continue
+            try:
+                read = open_program(family, cell.layout)
+            except PROGRAM_ERRORS:
+                read = None
+            if read is None:
+                continue
+            source = Lora.open(cell.make_tensors(rank=1), dict(cell.metadata))
+            found = check(source, program=program)
+            took, every = count_read(source, read)
+            row = {"trainer": stored.stem, "model": cell.model, "layout": cell.layout}
+            row |= {"modules": every, "read": took, "said": tell_said(found)}
+            row["skips"] = sum((found.skipped or {}).values())
+            try:
+                written = convert(source, format=program, dtype="float32").state_dict()
+                row["read once converted"] = count_read(Lora.open(written, source.metadata), read)[
+                    0
+                ]
+            except UnsupportedFormat as error:
+                row["not converted"] = str(error)
+            rows.append(row)
+            print(*row.values(), flush=True)
+    return rows
+
+
+def count_read(source: Lora, read: Read) -> tuple[int, int]:
+    """How many modules of a file a program reads, of how many."""
+    slots = parse_contents(source).slots
+    keys = {name: [*slot.keys.values()] for slot in slots for name in slot.module.modules}
+    try:
+        taken = read(number_parts({key: source.read(key) for key in source.tensors}, slots), keys)
+    except PROGRAM_ERRORS:
+        taken = set()
+    return sum(set(of) <= taken for of in keys.values()), len(keys)
+
+
+def tell_said(found: Check) -> str:
+    """What `check` says of a program: "whole", "part", "none" or "not tried"."""
+    title, readers = found.program, found.readers
+    if title in readers.whole and title not in readers.untried:
+        return "whole"
+    if title in readers.part:
+        return "part"
+    return "none" if title in readers.none else "not tried"
+
+
 def describe_checkout(checkout: Path) -> str:
     """Commit and date of a checkout that is a repository of git; "" if it is none."""
     if not (checkout / ".git").exists():
@@ -561,9 +652,7 @@ def tabulate(
                 if counts is not None:
                     counts |= {"text": text} if text else {}
                     rows[row[0]] = counts
-            for row, further in FURTHER.items() if not family.unet else ():
-                if row not in rows and (counts := measure_further(family, layout, read, further)):
-                    rows[row] = counts
+            add_further(family, layout, read, rows)
             sizes[layout] = rows
         if sizes:
             table[id_] = sizes
@@ -574,6 +663,24 @@ def tabulate(
             ]
             print(f"{id_}: {', '.join(sizes)}; whole: {', '.join(whole) or 'none'}", flush=True)
             yield table
+
+
+def add_further(family: Family, layout: str, read: Read, rows: dict[str, Any]) -> None:
+    """Adds the counts of the spellings that no format of prolora's writes."""
+    for row, further in FURTHER.items() if not family.unet else ():
+        if row not in rows and (counts := measure_further(family, layout, read, further)):
+            rows[row] = counts
+
+
+def add_further_to(
+    open_program: Open, tables: dict[str, Any], families: Collection[str]
+) -> Iterator[str]:
+    """Adds them to counts that are there; yields the family that is done."""
+    for id_ in families or tables:
+        for layout, rows in tables[id_].items():
+            if layout and (read := open_program(known_families()[id_], layout)):
+                add_further(known_families()[id_], layout, read, rows)
+        yield id_
 
 
 Sizes = dict[str, dict[str, dict[str, Any]]]
@@ -600,8 +707,13 @@ def summarise(id_: str, sizes: Sizes) -> dict[str, object]:
         else:
             nothing = [one for one in sizes if sizes[one].get(row, {}).get("unread") == ["*"]]
             something = [one for one in tried if one not in nothing]
-            unread = {p for counts in of for p in counts["unread"] if p != "*"} | absent
-            unread |= list_patterns(nothing) - list_patterns(something)
+            unread = {p for counts in of for p in counts["unread"] if p != "*"}
+            lost = absent | (list_patterns(nothing) - list_patterns(something))
+            variant = FURTHER[row][1] if row in FURTHER else "diffusers"
+            if variant not in ("diffusers", "authors"):  # patterns of names in files
+                entries = family.list_variant(variant).items()
+                lost = {name for name, entry in entries if lost.intersection(entry.parts)}
+            unread |= lost
             stops = any(counts.get("stops") for counts in of)
             rows[row] = sorted(unread) if not stops else ["!", *sorted(unread)]
     return rows
@@ -627,10 +739,8 @@ def make_table(raw: Mapping[str, Any]) -> dict[str, Any]:
                     unread = ["?"]
                 elif len(unread) > MOST_LISTED:
                     unread = ["!"] if "!" in unread else None
-                if unread != ["*"]:
+                if unread != ["*"] or row in FURTHER or row.endswith(loaders.ALPHA):
                     of.setdefault(row, {})[program] = unread
-                elif row.endswith(loaders.ALPHA):
-                    of.setdefault(row, {})[program] = ["!"]
                 text = [
                     counts[row]["text"]
                     for counts in sizes.values()
@@ -639,7 +749,7 @@ def make_table(raw: Mapping[str, Any]) -> dict[str, Any]:
                 if text:
                     lost = {one for encoders in text for one, ok in encoders.items() if not ok}
                     of.setdefault(row + loaders.TEXT, {})[program] = sorted(lost)
-    return {"programs": programs, "families": drop_idle_rows(families)}
+    return {"programs": programs, "rows": EVERYONES, "families": drop_idle_rows(families)}
 
 
 def split_groups(families: Mapping[str, Sizes]) -> Iterator[tuple[str, Sizes]]:
@@ -652,7 +762,7 @@ def split_groups(families: Mapping[str, Sizes]) -> Iterator[tuple[str, Sizes]]:
 
 
 def drop_idle_rows(families: dict[str, Any]) -> dict[str, Any]:
-    """The families in order, without spellings that no format of ours has and no program reads."""
+    """The families in order, without rows that all programs were tried with and none reads."""
     kept = {}
     for id_, family in loaded_families().items():
         if id_ in families:
@@ -663,6 +773,7 @@ def drop_idle_rows(families: dict[str, Any]) -> dict[str, Any]:
                 for row, of in rows.items()
                 if not row
                 or (one := row.removesuffix(loaders.TEXT).removesuffix(loaders.ALPHA)) in own
+                or one in FURTHER
                 or [] in rows.get(one, {}).values()
             }
     return kept
@@ -681,7 +792,8 @@ def format_table(table: dict[str, Any]) -> str:
         + "}"
         for id_, rows in table["families"].items()
     )
-    return f'{{"programs":{{\n{programs}}},\n"families":{{\n{families}}}}}\n'
+    rows = dump(table["rows"])
+    return f'{{"programs":{{\n{programs}}},\n"rows":{rows},\n"families":{{\n{families}}}}}\n'
 
 
 def main() -> None:
@@ -692,6 +804,8 @@ def main() -> None:
     parser.add_argument("--version", default="", help="what the program calls this version")
     parser.add_argument("--families", nargs="*", default=[])
     parser.add_argument("--alpha", action="store_true", help="add what alphas change")
+    parser.add_argument("--further", action="store_true", help="add what trainers alone write")
+    parser.add_argument("--trainers", action="store_true", help="judge the files of trainers")
     parser.add_argument("--files", type=Path, help="what docs/make_conformance.py wrote")
     parser.add_argument("--json", type=Path, default=RESULTS)
     arguments = parser.parse_args()
@@ -701,15 +815,27 @@ def main() -> None:
         return
     logging.disable(logging.WARNING)
     # Files in spellings that no program is known to read are what this measures.
-    loaders.is_read = lambda family, spelling: True
+    if not arguments.trainers:
+        loaders.is_read = lambda family, spelling: True
     sys.argv = sys.argv[:1]
     program = PROGRAMS[arguments.program]
     open_program = program.open(arguments.checkout.resolve())
     WHOLE.update(filter(program.counts_blocks, known_families()))
     version = ", ".join(filter(None, [arguments.version, describe_checkout(arguments.checkout)]))
+    if arguments.trainers:
+        judged = json.loads(TRAINERS.read_text("utf-8")) if TRAINERS.exists() else {}
+        rows = judge_trainers(open_program, arguments.program)
+        judged[arguments.program] = {"version": version, "files": rows}
+        TRAINERS.write_text(format_counts(judged), "utf-8")
+        return
     if arguments.files:
         kinds = compare_files(open_program, arguments.program, arguments.files)
         raw[arguments.program]["kinds"] = kinds
+    elif arguments.further:
+        tables = raw[arguments.program]["families"]
+        for id_ in add_further_to(open_program, tables, arguments.families):
+            print(id_, flush=True)
+            arguments.json.write_text(format_counts(raw), "utf-8")
     elif arguments.alpha:
         add_alphas(open_program, raw[arguments.program]["families"])
     else:

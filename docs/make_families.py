@@ -14,7 +14,7 @@ from prolora.adapters.keys.codec import Codec
 from prolora.architectures.families import known_families
 from prolora.architectures.family import Family
 from prolora.architectures.layouts import load_layout
-from prolora.architectures.loaders import find_reach, known_loaders, name_row
+from prolora.architectures.loaders import find_reach, known_loaders, list_programs, name_row
 from prolora.architectures.shared_names import find_unet_names
 
 PAGE = Path(__file__).resolve().parent / "families.md"
@@ -84,7 +84,7 @@ def _list_formats(family: Family, program: str) -> str:
         for format, spelling in family.spellings.items()
     }
     if set(reach.values()) == {None}:
-        has_models = program in find_reach(family, "of nobody's spelling", usual)
+        has_models = program in list_programs(family.id)
         return "not whole" if has_models else ""
     formats = [format for format, amount in reach.items() if amount == "whole"]
     part = [format for format, amount in reach.items() if amount == "part"]

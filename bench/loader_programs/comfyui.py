@@ -77,6 +77,7 @@ def open_program(checkout: Path) -> Open:
 
     comfy.cli_args.args.cpu = True
     import comfy.lora  # type: ignore[import-not-found]
+    import comfy.lora_convert  # type: ignore[import-not-found]
     import comfy.model_detection as detection  # type: ignore[import-not-found]
 
     def build(family: Family, layout: str) -> torch.nn.Module | None:
@@ -123,8 +124,11 @@ def open_program(checkout: Path) -> Open:
         key_map = comfy.lora.model_lora_keys_clip(encoders, key_map)
 
         def read(tensors: dict[str, Tensor], keys: Keys) -> set[str]:
-            patches = comfy.lora.load_lora(tensors, key_map, log_missing=False)
-            taken, by_id = set(), {id(tensor): key for key, tensor in tensors.items()}
+            by_id = {id(tensor): key for key, tensor in tensors.items()}
+            # It renames some files before it looks at any key, as Wan Fun's.
+            renamed = comfy.lora_convert.convert_lora(dict(tensors))
+            patches = comfy.lora.load_lora(renamed, key_map, log_missing=False)
+            taken: set[str] = set()
             for target, patch in patches.items():
                 name, rows = target, None
                 if isinstance(target, tuple):
@@ -134,7 +138,8 @@ def open_program(checkout: Path) -> Open:
                     shape[rows[0]] = rows[2]
                 if isinstance(patch, tuple):  # a difference of the weight
                     difference = patch[1][0]
-                    taken |= {by_id[id(difference)]} if [*difference.shape] == shape else set()
+                    key = next(key for key, tensor in renamed.items() if tensor is difference)
+                    taken |= {key} if [*difference.shape] == shape else set()
                     continue
                 if getattr(patch, "name", "") != "lora":  # all keys of a file are in every patch
                     taken |= getattr(patch, "loaded_keys", set())
@@ -142,7 +147,8 @@ def open_program(checkout: Path) -> Open:
                 up, down = patch.weights[0], patch.weights[1]
                 if [len(up), down[0].numel()] == [shape[0], torch.Size(shape[1:]).numel()]:
                     taken |= patch.loaded_keys
-            return with_alphas(taken, tensors)
+            own = {by_id.get(id(renamed[key]), "") for key in taken & renamed.keys()}
+            return with_alphas(own & tensors.keys(), tensors)
 
         return read
 

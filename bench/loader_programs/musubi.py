@@ -21,24 +21,34 @@ MERGED = ("flux", "flux2", "krea2", "qwen-image", "wan", "z-image")
 """Families whose checkpoints have the names of its models; LoRAs are merged as they are read."""
 
 
-def build_hunyuan_video(module: Callable[[str], object]) -> nn.Module:
+def build_hunyuan_video(module: Callable[[str], object], layout: str) -> nn.Module:
     make = module("hunyuan_model.models").load_dit_model
     return make(4096, 768, 16, 16, {"dtype": torch.float32})
 
 
-def build_hunyuan_video_15(module: Callable[[str], object]) -> nn.Module:
+def build_hunyuan_video_15(module: Callable[[str], object], layout: str) -> nn.Module:
     make = module(
         "hunyuan_video_1_5.hunyuan_video_1_5_models"
     ).HunyuanVideo_1_5_DiffusionTransformer
     return make(task_type="t2v")
 
 
-def build_kandinsky(module: Callable[[str], object]) -> nn.Module:
-    task = module("kandinsky5.configs").TASK_CONFIGS["k5-lite-t2v-5s-sd"]
+KANDINSKY_TASKS = {
+    "kandinsky5-pro": "k5-pro-t2v-5s-sd",
+    "kandinsky5-image-lite": "k5-lite-t2i-hd",
+    "kandinsky5-image-lite-edit": "k5-lite-i2i-hd",
+}
+"""Size -> its task; the rest are "k5-lite-t2v-5s-sd"."""
+
+
+def build_kandinsky(module: Callable[[str], object], layout: str) -> nn.Module:
+    task = module("kandinsky5.configs").TASK_CONFIGS[
+        KANDINSKY_TASKS.get(layout, "k5-lite-t2v-5s-sd")
+    ]
     return module("kandinsky5.models.dit").get_dit(asdict(task.dit_params))
 
 
-def build_hidream_o1(module: Callable[[str], object]) -> nn.Module:
+def build_hidream_o1(module: Callable[[str], object], layout: str) -> nn.Module:
     from transformers import Qwen3VLConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -52,7 +62,7 @@ def build_hidream_o1(module: Callable[[str], object]) -> nn.Module:
     return module("hidream_o1.qwen3_vl_transformers").Qwen3VLForConditionalGeneration(config)
 
 
-def build_ideogram(module: Callable[[str], object]) -> nn.Module:
+def build_ideogram(module: Callable[[str], object], layout: str) -> nn.Module:
     model = module("ideogram4.ideogram4_model")
     return model.Ideogram4Transformer(model.Ideogram4Config())
 
@@ -99,7 +109,7 @@ def open_program(checkout: Path) -> Open:
         if family.id in BUILT:
             build, networks = BUILT[family.id]
             with torch.device("meta"):
-                model = build(module)
+                model = build(module, layout)
             shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
         elif family.id == "z-image":  # ComfyUI's fused ones are cut before the LoRA is looked for
             shapes = {f"{name}.weight": shape for name, shape in load_layout(layout).shapes.items()}

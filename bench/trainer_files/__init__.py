@@ -53,15 +53,15 @@ class Cell:
     suffixes: tuple[str, ...] = (".lora_down.weight", ".lora_up.weight", ".alpha")
     metadata: Mapping[str, str] = field(default_factory=dict)
 
-    def make_tensors(self) -> dict[str, Tensor]:
-        """Returns the tensors of the file, of rank 4 (1 if the module is too small), all ones."""
+    def make_tensors(self, rank: int = RANK) -> dict[str, Tensor]:
+        """Returns the tensors of the file, all ones; a small module has a lower rank."""
         tensors = {}
         for path, (out, *inputs) in self.modules.items():
-            rank = min(RANK, out, torch.Size(inputs).numel())
-            down = torch.ones(rank, *inputs)
-            up = torch.ones(out, rank, *([1] * (len(inputs) - 1)))
+            own = min(rank, out, torch.Size(inputs).numel())
+            down = torch.ones(own, *inputs)
+            up = torch.ones(out, own, *([1] * (len(inputs) - 1)))
             for suffix, tensor in zip(
-                self.suffixes, (down, up, torch.tensor(float(rank))), strict=False
+                self.suffixes, (down, up, torch.tensor(float(own))), strict=False
             ):
                 tensors[path + suffix] = tensor
         return tensors

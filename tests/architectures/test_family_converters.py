@@ -237,7 +237,7 @@ def test_the_other_names_of_a_matrix_hold_the_same_modules(id_: str, layout: str
         assert weight is not None
         underscored = family.find_weight(name.replace(".", "_"), dotted=False)
         assert underscored is not None
-        assert underscored._replace(variant=weight.variant) == weight
+        assert underscored._replace(variant=weight.variant, spelled=weight.spelled) == weight
         rows = matrix.split(weight.split_rows(len(matrix)))
         if weight.swap == "always":
             rows = tuple(torch.cat(part.chunk(2)[::-1]) for part in rows)

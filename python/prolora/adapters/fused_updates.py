@@ -7,12 +7,12 @@ of.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-from ..architectures.family import AuthorsWeight, Family
+from ..architectures.family import AuthorsWeight
 from ..core.lowrank import LowRank
 from ..errors import NonFiniteWeights, ShapeMismatch
 from .lora import Lora, read_finite
@@ -131,11 +131,12 @@ def read_vector(slot: VectorSlot, scale: float, source: Lora) -> dict[str, Tenso
     return {f"{name}.{slot.tensor}": part.up[:, 0] for name, part in parts.items()}
 
 
-def fuse_vectors(vectors: Mapping[str, Tensor], authors: Family | None) -> dict[str, Tensor]:
-    """Fuses biases for a file with the authors' names.
+def fuse_vectors(
+    vectors: Mapping[str, Tensor], find_weight: Callable[[str], AuthorsWeight | None]
+) -> dict[str, Tensor]:
+    """Fuses biases for a file whose matrices hold several modules.
 
-    A part without a bias of its own gets zeros. `authors` is the family whose authors' names the
-    file has; None where it has diffusers'.
+    A part without a bias of its own gets zeros. `find_weight` is as in `Codec`.
 
     Raises:
         ShapeMismatch: the parts do not belong to one weight.
@@ -144,7 +145,7 @@ def fuse_vectors(vectors: Mapping[str, Tensor], authors: Family | None) -> dict[
     fused: dict[str, tuple[AuthorsWeight, dict[str, LowRank]]] = {}
     for name, vector in vectors.items():
         module, _, tensor = name.rpartition(".")
-        matrix = authors.find_weight_holding(module) if authors else None
+        matrix = find_weight(module)
         if matrix is None or (len(matrix.parts) == 1 and matrix.swap == "never"):
             out[name] = vector
         else:

@@ -76,7 +76,7 @@ class Spelling(NamedTuple):
     """How a file spells the modules of a family."""
 
     prefix: str  # stands before every module's name
-    names: Literal["diffusers", "authors"]  # whose names follow
+    names: Variant  # whose names follow; "part" and "fused" are read and never written
     dotted: bool = True  # False where underscores replace the dots, as in kohya's files
 
 
@@ -101,6 +101,7 @@ class AuthorsWeight(NamedTuple):
     # Are the halves of its rows in the other order than in diffusers? See `Swapped`.
     swap: Literal["never", "always", "if two"] = "never"
     variant: Variant = "authors"  # how the file spelled it; `name` is the authors' own
+    spelled: str = ""  # the pattern of the name in the file, where that is not the authors'
 
     def split_rows(self, height: int) -> tuple[int, ...]:
         """Returns the rows of each part of a matrix [height, n]; () if they do not divide."""
@@ -127,8 +128,8 @@ class Family:
     # which N is the number of a block. A module that is not listed has the same name in both.
     authors: Mapping[str, str | Fused | Swapped] = field(default_factory=dict)
     # Other names of the authors' modules -> the authors' name, or the modules whose rows such a
-    # matrix has. They are read and never written. The parts of a fused matrix counted from 0
-    # (`img_attn.qkv.2`, OneTrainer's) need no alias.
+    # matrix has. They are written for a program that reads no others. The parts of a fused matrix
+    # counted from 0 (`img_attn.qkv.2`, OneTrainer's) need no alias.
     aliases: Mapping[str, str | Fused] = field(default_factory=dict)
     # Format -> how a file of that format spells the modules; without the formats that no program
     # reads for this family.
@@ -143,6 +144,8 @@ class Family:
     # Title -> sizes, where programs load the sizes by different code
     groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     unet: bool = False  # names follow from arithmetic (`ldm`), not from tables
+    # The aliases that are written, as trainers have them; () for all
+    written_aliases: tuple[str, ...] = ()
 
     @classmethod
     def of_names(
@@ -193,19 +196,42 @@ class Family:
         match = _match_pattern(name, self._weights, dotted)
         if match is None:
             return None
-        (pattern, variant), numbers = match
-        return self._make_weight(pattern, numbers, variant)
+        (pattern, variant, spelled), numbers = match
+        weight = self._make_weight(pattern, numbers)
+        if variant == "authors":
+            return weight
+        return weight._replace(variant=variant, spelled=spelled)
 
     def find_weight_holding(self, module: str) -> AuthorsWeight | None:
         """Returns the authors' weight that is a canonical module or has its rows."""
         match = _match_pattern(module, self._holders, dotted=True)
         return self._make_weight(*match) if match else None
 
-    def is_alike(self, module: str) -> bool:
-        """Returns whether the authors have diffusers' own name for a canonical module."""
+    def find_alias(self, module: str) -> AuthorsWeight | None:
+        """Returns the weight that is or holds a canonical module, named by its alias.
+
+        None where it has no alias that is written. Of several, the one with the fewest parts: a
+        LoRA of the queries alone then needs no zeros for keys and values.
+        """
+        match = _match_pattern(module, self._aliases, dotted=True)
+        if match is None:
+            return None
+        pattern, numbers = match
+        weight = self._make_weight(self._weights.dotted[pattern][0], numbers)
+        return weight._replace(
+            name=_fill_pattern(pattern, numbers), variant="alias", spelled=pattern
+        )
+
+    def is_alike(self, module: str, *, dotted: bool = True) -> bool:
+        """Returns whether files have one name for a canonical module, whoever's names they have.
+
+        `dotted` is False for files that have underscores in place of dots.
+        """
         match = _match_pattern(module, self._modules, dotted=True)
         own = match[0] if match else ""
-        return self._holders.dotted.get(own) == own and self.authors.get(own, own) == own
+        holder = self._holders.dotted.get(own, "")
+        same = holder == own if dotted else holder.replace(".", "_") == own.replace(".", "_")
+        return same and self.authors.get(own, own) == own
 
     def list_variant(self, variant: Variant) -> dict[str, Fused]:
         """Returns pattern in files -> its modules, for all names of one variant.
@@ -216,7 +242,7 @@ class Family:
             return {pattern: Fused((pattern,), (1,)) for pattern in self.shapes}
         entries = {
             pattern: self._entries[meaning]
-            for pattern, (meaning, own) in self._weights.dotted.items()
+            for pattern, (meaning, own, _) in self._weights.dotted.items()
             if own == variant
         }
         return {
@@ -224,9 +250,7 @@ class Family:
             for pattern, entry in entries.items()
         }
 
-    def _make_weight(
-        self, pattern: str, numbers: tuple[str, ...], variant: Variant = "authors"
-    ) -> AuthorsWeight:
+    def _make_weight(self, pattern: str, numbers: tuple[str, ...]) -> AuthorsWeight:
         """Fills the numbers of blocks into an authors' pattern."""
         entry = self._entries[pattern]
         shares = entry.shares if isinstance(entry, Fused) else (1,)
@@ -234,13 +258,21 @@ class Family:
         if isinstance(entry, Swapped):
             swap = "if two" if entry.only_if_two else "always"
         filled = tuple(_fill_pattern(part, numbers) for part in list_parts(entry))
-        return AuthorsWeight(_fill_pattern(pattern, numbers), filled, shares, swap, variant)
+        return AuthorsWeight(_fill_pattern(pattern, numbers), filled, shares, swap)
 
     @cached_property
     def _holders(self) -> _Patterns[str]:
         """Canonical patterns -> the authors' pattern that holds them."""
         listed = {part: name for name, entry in self.authors.items() for part in list_parts(entry)}
         return _Patterns({name: name for name in self.shapes} | listed)
+
+    @cached_property
+    def _aliases(self) -> _Patterns[str]:
+        """Canonical patterns -> the alias that holds them."""
+        every, chosen = self.list_variant("alias"), self.written_aliases
+        aliases = {name: every[name] for name in chosen or every}
+        longest_first = sorted(aliases, key=lambda name: -len(aliases[name].parts))
+        return _Patterns({part: name for name in longest_first for part in aliases[name].parts})
 
     @cached_property
     def _modules(self) -> _Patterns[str]:
@@ -274,19 +306,22 @@ class Family:
         return entries
 
     @cached_property
-    def _weights(self) -> _Patterns[tuple[str, Variant]]:
-        """Names that files have for the authors' weights -> the authors' pattern, the variant."""
+    def _weights(self) -> _Patterns[tuple[str, Variant, str]]:
+        """Names that files have for the authors' weights -> what they mean.
+
+        That is the authors' pattern, the variant, and the name itself, whose dots are known here.
+        """
         fused, same = self._list_fused(), self._holders.dotted
-        known: dict[str, tuple[str, Variant]] = {}
+        known: dict[str, tuple[str, Variant, str]] = {}
         for name in self._entries:
             variant: Variant = "fused" if name in fused else "part"
             if name in self.aliases:
                 variant = "alias"
             if name in self.authors or same.get(name) == name:
                 variant = "authors"
-            known[name] = name, variant
+            known[name] = name, variant, name
         for name, meaning in self.aliases.items():
-            known[name] = (meaning if isinstance(meaning, str) else name), "alias"
+            known[name] = (meaning if isinstance(meaning, str) else name), "alias", name
         return _Patterns(known)
 
 

@@ -75,7 +75,9 @@ class Model(NamedTuple):
         """Returns the model of a LoRA that is for a base: what is known of that decides."""
         if not base.families:
             return self
-        return self._replace(families=base.families, names=base.families, able=base.able)
+        # The sizes of another family say nothing here: FLUX.1 has two text encoders, Chroma one.
+        own = self._narrow(base.families)
+        return own._replace(names=base.families, able=base.able, sizes=own.sizes or base.sizes)
 
     def shared_with(self, other: Model) -> Model:
         """Returns what two LoRAs of one base can both be for."""

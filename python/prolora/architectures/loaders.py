@@ -2,21 +2,28 @@
 
 `bench/loader_matrix.py` runs the programs and makes `loaders.json`. For every family it has the
 programs that have models of it (under ""), and for every way of spelling a file (`name_row`) what
-each leaves unread, or reads with its rows in another order: patterns of modules. An empty list is a
-file read whole; a missing program reads nothing. `!` before the patterns: the program stops at a
-file with one of them. null: it leaves more modules than are listed. `?`: how much it leaves is not
-known. A row with `TEXT` behind its name has the text encoders that programs leave unread in such a
-file; for a missing program this is not known. A row with `ALPHA` behind it replaces the one before
-where alphas are not as usual in the format.
+each leaves unread, or reads with its rows in another order: patterns of modules. In a row of
+aliases, numbered parts or fused projections these are patterns of names in the file. An empty list
+is a file read whole, `["*"]` one of which nothing is read. `!` before the patterns: the program
+stops at a file with one of them. null: it leaves more modules than are listed. `?`: how much it
+leaves is not known.
+
+A program that is missing in a row reads nothing if the row is one that every program was tried
+with: one of `rows`, or of the family's own formats. In any other row it was not tried.
+
+A row with `TEXT` behind its name has the text encoders that programs leave unread in such a file;
+for a missing program this is not known. A row with `ALPHA` behind it replaces the one before where
+alphas are not as usual in the format.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from importlib import resources
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from .family import PEFT, Family, Spelling
@@ -27,6 +34,7 @@ Reach = Literal["whole", "part", "none"]
 TEXT, ALPHA = " + text", " ± alpha"
 """Behind the name of a row: what programs do with text encoders; with alphas where the format has
 none by itself, without them where it has."""
+_NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
 class Loader(NamedTuple):
@@ -50,18 +58,26 @@ def name_row(family: Family, format: str, spelling: Spelling | None, swapped: bo
     """
     row = format
     if spelling is not None and not family.unet:
-        row = f"{spelling.prefix}|{spelling.names if family.authors else 'diffusers'}"
+        same = spelling.names == "authors" and not family.authors
+        row = f"{spelling.prefix}|{'diffusers' if same else spelling.names}"
     return row + ALPHA * swapped
 
 
 def list_spellings(family: Family) -> list[Spelling]:
     """Lists the spellings in which programs were tried with a family; none of a UNet."""
+    everyones = _read_table()["rows"]
     rows = (row.partition("|") for row in _read_table()["families"].get(family.id, {}))
     return [
-        Spelling(prefix, "authors" if names == "authors" else "diffusers", prefix[-1:] != "_")
+        Spelling(prefix, names, prefix[-1:] != "_")
         for prefix, bar, names in rows
-        if bar and names in ("authors", "diffusers") and prefix != PEFT.prefix
+        if bar and prefix != PEFT.prefix
+        if prefix + bar + names in everyones or (prefix, names) in _written_aliases(family)
     ]
+
+
+def _written_aliases(family: Family) -> Iterator[tuple[str, str]]:
+    """Yields the prefixes of the family's own formats, each with "alias"."""
+    return ((one.prefix, "alias") for one in family.spellings.values() if family.aliases)
 
 
 def list_programs(family: str) -> list[str]:
@@ -70,10 +86,14 @@ def list_programs(family: str) -> list[str]:
 
 
 def is_read(family: Family, spelling: Spelling) -> bool:
-    """Returns whether a program reads this family's modules in a spelling."""
-    rows = _read_table()["families"].get(family.id, {})
-    whole = [] in rows.get(name_row(family, "", spelling), {}).values()
-    return whole or is_usual(family, spelling)
+    """Returns whether a program reads this family's modules in a spelling.
+
+    One that has aliases for some modules alone reads no file whole that has all of them.
+    """
+    reads = _read_table()["families"].get(family.id, {}).get(name_row(family, "", spelling), {})
+    if spelling.names == "alias":
+        return any(unread not in (None, ["*"], ["!"], ["?"]) for unread in reads.values())
+    return [] in reads.values() or is_usual(family, spelling)
 
 
 def is_usual(family: Family, spelling: Spelling) -> bool:
@@ -82,39 +102,64 @@ def is_usual(family: Family, spelling: Spelling) -> bool:
     return name_row(family, "", spelling) in usual
 
 
-def find_reach(family: Family, row: str, modules: Iterable[str]) -> dict[str, Reach]:
+def find_reach(
+    family: Family, row: str, modules: Iterable[str], spelled: Mapping[str, str] = _NOTHING
+) -> dict[str, Reach]:
     """Returns program -> how much it reads of a file, if that is known.
 
-    `row` comes from `name_row`; `modules` are the canonical names that the file updates.
+    Args:
+        family: of the LoRA.
+        row: from `name_row`.
+        modules: the canonical names that the file updates.
+        spelled: module -> the pattern of its name in the file, as in `AuthorsWeight.spelled`, where
+            that is neither the authors' nor diffusers'.
     """
+    amounts = find_amounts(family, row, modules, spelled)
+    return {program: "none" if x == "stops" else x for program, x in amounts.items()}
+
+
+def find_amounts(
+    family: Family, row: str, modules: Iterable[str], spelled: Mapping[str, str] = _NOTHING
+) -> dict[str, Reach | Literal["stops"]]:
+    """As `find_reach`, and "stops" where the program would read other modules in such a file."""
     names = list(modules)
-    patterns = {pattern for name in names if (pattern := family.find_pattern(name))}
-    if any(pattern.startswith(family.untried) for pattern in patterns):
+    denoiser = {name for name in names if family.find_pattern(name)}
+    if any(str(family.find_pattern(name)).startswith(family.untried) for name in denoiser):
         return {}
+    patterns = {spelled.get(name) or str(family.find_pattern(name)) for name in denoiser}
     programs, reads, encoders_lost = _look_up(family, row)
-    reach: dict[str, Reach] = dict.fromkeys(programs, "none")
+    reach: dict[str, Reach | Literal["stops"]] = {}
+    reach |= dict.fromkeys(programs, "none") if _is_everyones(family, row) else {}
     for program, unread in reads.items():
         if unread == ["?"]:
-            del reach[program]
+            reach.pop(program, None)
         elif unread is None:
             reach[program] = "part"
         elif unread == ["!"]:
-            continue
+            reach[program] = "stops"
+        elif unread == ["*"]:
+            reach[program] = "none"
         elif not patterns.intersection(unread):
             reach[program] = "whole"
-        elif "!" not in unread and not patterns <= set(unread):
-            reach[program] = "part"
+        elif "!" in unread:
+            reach[program] = "stops"
+        else:
+            reach[program] = "none" if patterns <= set(unread) else "part"
     encoders = {find_component(name) for name in names if is_in_text_encoder(name)}
     for program, lost in encoders_lost.items() if encoders else ():
         if program in reach:
-            parts: set[Reach] = {reach[program]} if patterns else set()
+            parts = {reach[program]} if patterns else set()
             parts |= {"none" if one in lost else "whole" for one in encoders}
             reach[program] = parts.pop() if len(parts) == 1 else "part"
     return reach
 
 
 def count_skipped(
-    family: Family, row: str, modules: Iterable[str], program: str
+    family: Family,
+    row: str,
+    modules: Iterable[str],
+    program: str,
+    spelled: Mapping[str, str] = _NOTHING,
 ) -> dict[str, int] | None:
     """Counts the modules that a program leaves out, by pattern or text encoder.
 
@@ -122,13 +167,18 @@ def count_skipped(
     """
     _, reads, encoders_lost = _look_up(family, row)
     unread, lost = reads.get(program), encoders_lost.get(program, [])
+    if program not in reads and _is_everyones(family, row):
+        unread = ["*"]
     if unread is None or unread == ["?"]:
         return None
     names = [
-        find_component(name) if is_in_text_encoder(name) else family.find_pattern(name) or name
+        find_component(name)
+        if is_in_text_encoder(name)
+        else spelled.get(name) or family.find_pattern(name) or name
         for name in modules
     ]
-    return dict(Counter(name for name in names if name in unread or name in lost).most_common())
+    left = (name for name in names if name in unread or name in lost or unread == ["*"])
+    return dict(Counter(left).most_common())
 
 
 def find_untried(family: Family, row: str, modules: Iterable[str]) -> set[str]:
@@ -144,7 +194,19 @@ def _look_up(family: Family, row: str) -> tuple[Any, Any, Any]:
     """Returns the programs with such models, and what each leaves of modules and encoders."""
     rows = _read_table()["families"].get(family.id, {"": []})
     plain = row.removesuffix(ALPHA)
-    return rows[""], rows.get(plain, {}) | rows.get(row, {}), rows.get(plain + TEXT, {})
+    reads = rows.get(plain, {})
+    if plain != row and not _is_everyones(family, row):
+        # Further rows were counted with the usual alphas alone.
+        choosy = {x for one, of in rows.items() if one.endswith(ALPHA) for x in of}
+        reads = {program: unread for program, unread in reads.items() if program not in choosy}
+    return rows[""], reads | rows.get(row, {}), rows.get(plain + TEXT, {})
+
+
+def _is_everyones(family: Family, row: str) -> bool:
+    """Returns whether every program that has such models was tried with a row."""
+    plain = row.removesuffix(ALPHA)
+    own = (name_row(family, format, one) for format, one in family.spellings.items())
+    return family.unet or plain in _read_table()["rows"] or plain in own
 
 
 @cache

@@ -75,7 +75,8 @@ def write_flag(option: str, value: str | None = None) -> str | None:
     """Writes an option of Python as a flag, `--match name`; a function as its command."""
     if value == "()":
         return f"`prolora {COMMANDS.get(option, option)}`"
-    if option not in list_options():
+    # The list of all options loads torch, which the answers of `check` can do without.
+    if option not in FLAGS and option not in list_options():
         return None
     flag = FLAGS.get(option, (f"--{option.replace('_', '-')}",))[0]
     return flag if value in (None, "True") else f"{flag} {value}"

@@ -72,8 +72,7 @@ def lay_out(adapter: Adapter, format: str) -> FileLayout:
     if format == "peft":
         _check_one_component(adapter)
     codec = find_codec(adapter, format)
-    authors = codec.family if codec.spelling and codec.spelling.names == "authors" else None
-    fused = fused_updates.fuse_vectors(adapter.vectors, authors) if adapter.vectors else {}
+    fused = fused_updates.fuse_vectors(adapter.vectors, codec.find_weight)
     with_vectors = dict.fromkeys(map(vectors.find_vector_module, fused))
 
     def spell(name: str) -> str:
@@ -88,7 +87,7 @@ def lay_out(adapter: Adapter, format: str) -> FileLayout:
         Group(
             path,
             {name: adapter.updates[name] for name in modules},
-            authors.find_weight_holding(modules[0]) if authors else None,
+            codec.find_weight(modules[0]),
         )
         for path, modules in group_by(adapter.updates, spell).items()
     ]
@@ -232,7 +231,8 @@ def resolve_format(adapter: Adapter, format: str) -> tuple[Adapter, str]:
     if format in loaders.known_loaders() and format not in SPELLINGS:
         ids = [family.id for family in _find_families(adapter)]
         families = list_loaded(ids, adapter.model.sizes)
-        readers = programs.find_readers(families, adapter.format, adapter.model.spelling, modules)
+        names = programs.FileNames(adapter.format, adapter.model.spelling)
+        readers = programs.find_readers(families, names, modules)
         if loaders.known_loaders()[format].title in readers.whole:
             return adapter, adapter.format
         format, style = programs.choose_format(families, format, modules)

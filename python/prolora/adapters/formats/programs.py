@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 from ...architectures import loaders
@@ -23,7 +25,8 @@ _FURTHER = (
 class Readers(NamedTuple):
     """Titles of programs by how much they read of a LoRA file.
 
-    A program without such a model is in none of them.
+    A program without such a model is in none of them, nor is one that was not tried with such a
+    file.
     """
 
     whole: tuple[str, ...] = ()  # read all of it
@@ -42,27 +45,71 @@ class Readers(NamedTuple):
         return "; ".join(filter(None, parts))
 
 
+class FileNames(NamedTuple):
+    """How a file spells its modules."""
+
+    format: str
+    spelling: Spelling | None = None  # of most modules of a transformer; None for a UNet
+    # Modules with names of another kind -> how they are spelled, and the pattern of the name as in
+    # `AuthorsWeight.spelled`
+    others: Mapping[str, tuple[Spelling, str]] = MappingProxyType({})
+    swapped: bool = False  # as in `loaders.name_row`
+
+    @classmethod
+    def of_slots(cls, slots: Sequence[Slot], format: str, spelling: Spelling | None) -> FileNames:
+        """Returns the names of the updates in a file; `spelling` is that of most of them."""
+        alphas = {"alpha" in slot.keys for slot in slots if slot.form.rank and not slot.peft}
+        others = {
+            name: (own, slot.module.matrix.spelled if slot.module.matrix else "")
+            for slot in slots
+            if (own := slot.module.own_spelling) and own != spelling
+            for name in slot.module.modules
+        }
+        return cls(format, spelling, others, (format != "kohya") in alphas)
+
+    @classmethod
+    def as_written(
+        cls, family: Family, format: str, spelling: Spelling | None, modules: Iterable[str]
+    ) -> FileNames:
+        """Returns the names of a file that is written; a spelling of None is the format's own."""
+        spelling = spelling or family.spellings.get(format)
+        if spelling is None or spelling.names != "alias":
+            return cls(format, spelling)
+        plain = spelling._replace(names="authors"), ""
+        aliases = {name: family.find_alias(name) for name in modules}
+        others = {n: (spelling, one.spelled) if one else plain for n, one in aliases.items()}
+        return cls(format, spelling, others)
+
+    def list_rows(self, family: Family, modules: Iterable[str]) -> dict[str, list[str]]:
+        """Returns row of the table of programs -> the modules of the file that it is about."""
+        rows: dict[str, list[str]] = {}
+        for name in modules:
+            spelling = self.others[name][0] if name in self.others else self.spelling
+            row = loaders.name_row(family, self.format, spelling, self.swapped)
+            rows.setdefault(row, []).append(name)
+        return rows or {loaders.name_row(family, self.format, self.spelling, self.swapped): []}
+
+    @property
+    def patterns(self) -> dict[str, str]:
+        """Module -> the pattern of its name in the file, where the family's tables do not tell."""
+        return {name: pattern for name, (_, pattern) in self.others.items() if pattern}
+
+
 def find_readers(
-    families: Iterable[str],
-    format: str,
-    spelling: Spelling | None,
-    modules: Collection[str] = (),
-    swapped: bool = False,
+    families: Iterable[str], names: FileNames, modules: Collection[str] = ()
 ) -> Readers:
     """Returns how much each tried program reads of a LoRA file.
 
     A program that reads all of the file for some of the models is titled "ComfyUI (as PixArt)".
+    One that was not tried with names of a kind that the file has is in none of the lists.
 
     Args:
         families: ids of the families that the LoRA can belong to, as in `list_loaded`.
-        format: of the file.
-        spelling: of a transformer's modules in it; None for a UNet.
+        names: of the modules in the file.
         modules: canonical names of the modules that the file updates.
-        swapped: as in `loaders.name_row`.
     """
     tables = _known(families)
-    rows = [(one, loaders.name_row(one, format, spelling, swapped)) for one in tables]
-    of_each = [loaders.find_reach(one, row, modules) for one, row in rows]
+    of_each = [combine_reach(one, names, modules) for one in tables]
     readers: dict[loaders.Reach, list[str]] = {"whole": [], "part": [], "none": []}
     for id_, loader in loaders.known_loaders().items():
         amounts = [reach.get(id_) for reach in of_each]
@@ -72,9 +119,33 @@ def find_readers(
         elif able:
             readers["whole"].append(f"{loader.title} (as {' or '.join(able)})")
     whole, part, none = (tuple(readers[amount]) for amount in ("whole", "part", "none"))
-    unknown = {x for one, row in rows for x in loaders.find_untried(one, row, modules)}
+    unknown = {
+        program
+        for one in tables
+        for row, of in names.list_rows(one, modules).items()
+        for program in loaders.find_untried(one, row, of)
+    }
     titles = [loader.title for id_, loader in loaders.known_loaders().items() if id_ in unknown]
     return Readers(whole, part, none, tuple(one for one in titles if one in whole + part))
+
+
+def combine_reach(
+    family: Family, names: FileNames, modules: Iterable[str]
+) -> dict[str, loaders.Reach]:
+    """Returns program -> how much it reads of a file, if it was tried with all that is in it."""
+    rows = names.list_rows(family, modules)
+    of_each = [
+        loaders.find_amounts(family, row, some, names.patterns) for row, some in rows.items()
+    ]
+    reach: dict[str, loaders.Reach] = {}
+    for program in loaders.list_programs(family.id):
+        amounts = [of.get(program) for of in of_each]
+        if "stops" in amounts:
+            reach[program] = "none"
+        elif None not in amounts:
+            first = amounts[0] if len({*amounts}) == 1 else "part"
+            reach[program] = "part" if first is None or first == "stops" else first
+    return reach
 
 
 def choose_format(
@@ -164,8 +235,8 @@ def _rank(
     for format, spelling in choices:
         amounts = []
         for family in families:
-            row = loaders.name_row(family, format, spelling or family.spellings.get(format))
-            amounts.append(loaders.find_reach(family, row, modules))
+            names = FileNames.as_written(family, format, spelling, modules)
+            amounts.append(combine_reach(family, names, modules))
         wanted = [reach.get(program) for reach in amounts] if program else []
         whole = sum(
             all(reach.get(id_) == "whole" for reach in amounts) for id_ in loaders.known_loaders()
@@ -194,8 +265,8 @@ def is_read_after(families: Collection[str], program: str | None, modules: Colle
         format, spelling = choose_format(families, program, modules)
     except UnsupportedFormat:
         return False
-    spelling = spelling or _known(families)[0].spellings.get(format)
-    readers = find_readers(families, format, spelling, modules)
+    names = FileNames.as_written(_known(families)[0], format, spelling, modules)
+    readers = find_readers(families, names, modules)
     return loaders.known_loaders()[program].title in {*readers.whole} - {*readers.untried}
 
 
@@ -211,9 +282,8 @@ def ask_programs(
     `slots` are the updates of the file, `spelled` its format and spelling; `program` is a key of
     `known_loaders()`, or None. The others are as for `find_readers`.
     """
-    alphas = {"alpha" in slot.keys for slot in slots if slot.form.rank and not slot.peft}
-    swapped = (spelled[0] != "kohya") in alphas
-    readers = find_readers(families, *spelled, modules, swapped)
+    names = FileNames.of_slots(slots, *spelled)
+    readers = find_readers(families, names, modules)
     if any(slot.module.unwritten for slot in slots):  # programs were tried with what is written
         readers = readers._replace(untried=readers.whole + readers.part)
     kinds = {slot.kind for slot in slots} - {*PLAIN}
@@ -229,6 +299,10 @@ def ask_programs(
         readers = Readers(whole, part + mixed, none, readers.untried)
     if program is None or len(families) != 1:
         return readers, None
-    family = loaded_families()[families[0]]
-    row = loaders.name_row(family, *spelled, swapped)
-    return readers, loaders.count_skipped(family, row, modules, program)
+    family, skipped = loaded_families()[families[0]], Counter[str]()
+    for row, some in names.list_rows(family, modules).items():
+        counts = loaders.count_skipped(family, row, some, program, names.patterns)
+        if counts is None:
+            return readers, None
+        skipped.update(counts)
+    return readers, dict(skipped.most_common())

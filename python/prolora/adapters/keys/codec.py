@@ -133,6 +133,16 @@ class Module(NamedTuple):
         """The canonical modules: one, or several for a fused weight."""
         return self.matrix.parts if self.matrix else (self.name,)
 
+    @property
+    def own_spelling(self) -> Spelling | None:
+        """How this very module is spelled, which may be by an alias.
+
+        None where that does not tell: of a module with one name everywhere, or of no transformer.
+        """
+        if self.spelling is None or self.alike or self.described:
+            return None
+        return self.spelling._replace(names=self.matrix.variant) if self.matrix else self.spelling
+
 
 class CutPath(NamedTuple):
     """A path in a file, cut behind its prefix."""
@@ -193,14 +203,28 @@ class Codec(NamedTuple):
         if find_component(name) in TEXT_ENCODERS:
             return self._write_encoder(name)
         spelling, local = self.spelling or SPELLINGS[self.format], name
-        if spelling.names == "authors" and self.family is not None:
-            weight = self.family.find_weight_holding(name) or self.family.find_weight(name)
-            if weight is None and (self.family.unet or self.family.find_module(name)):
+        if spelling.names != "diffusers" and self.family is not None:
+            weight, other = self.find_weight(name), self.family.find_weight(name)
+            if not weight and not other and (self.family.unet or self.family.find_module(name)):
                 return None
+            if weight:
+                local = weight.name
+            elif other and spelling.names == "authors":
+                local = other.name
             # A module that is in no table, such as a norm, has the name it came with.
-            local = weight.name if weight else name
         path = spelling.prefix + (local if spelling.dotted else local.replace(".", "_"))
         return _CONDITIONER + path.removeprefix(_ADAPTER) if path.startswith(_ADAPTER) else path
+
+    def find_weight(self, module: str) -> AuthorsWeight | None:
+        """Returns the matrix in a file that is a canonical module or has its rows.
+
+        None where a file has the modules of diffusers. `name` of the weight is the file's.
+        """
+        names = (self.spelling or SPELLINGS[self.format]).names
+        if self.family is None or names == "diffusers":
+            return None
+        alias = self.family.find_alias(module) if names == "alias" else None
+        return alias or self.family.find_weight_holding(module)
 
     def _write_encoder(self, name: str) -> str | None:
         component, local = find_component(name), local_name(name)
@@ -270,6 +294,8 @@ _PREFIXES = {
     "base_model.model.": ("peft", "base_model.model."),
     "net.": ("diffusers", "transformer."),
     "pipe.dit.": ("diffusers", "transformer."),  # DiffSynth-Studio names modules by its pipeline
+    # An old script of PEFT's, and PixArt's
+    "unet.base_model.model.": ("diffusers", "transformer."),
     "unet.": ("diffusers", "unet."),
     "": ("diffusers", ""),
 }
@@ -310,7 +336,7 @@ def _find(cut: CutPath, family: Family) -> Module | None:
     format = cut.format
     if name is not None:
         spelling = Spelling(cut.prefix, "diffusers", cut.dotted)
-        alike = bool(family.authors) and family.is_alike(name)
+        alike = bool(family.authors) and family.is_alike(name, dotted=cut.dotted)
         return Module(name, format, cut.component, name, spelling=spelling, alike=alike)
     weight = family.find_weight(cut.rest, dotted=cut.dotted)
     if weight is None:

@@ -44,6 +44,12 @@ FAMILY = Family(
     },
     aliases={
         "img_in.proj": "img_in",  # OneTrainer's
+        # What musubi-tuner's convert_lora.py makes of FLUX.1 Kontext: some underscores stay.
+        **{
+            f"double_blocks.N.{stream}_attn_{part}": f"double_blocks.N.{stream}_attn.{part}"
+            for stream in ("img", "txt")
+            for part in ("qkv", "proj")
+        },
         # DiffSynth-Studio's: a is the image stream, b the text stream.
         "blocks.N.attn.a_to_qkv": "double_blocks.N.img_attn.qkv",
         "blocks.N.attn.b_to_qkv": "double_blocks.N.txt_attn.qkv",

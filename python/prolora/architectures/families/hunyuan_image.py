@@ -45,5 +45,7 @@ FAMILY = Family(
         "guidance_in.mlp.0": "guidance_in.in_layer",
         "guidance_in.mlp.2": "guidance_in.out_layer",
     },
+    # sd-scripts' model; the others are the authors'.
+    written_aliases=tuple(ALIASES),
     claims={"hunyuan-image": "HunyuanImage 2.1"},  # sd-scripts
 )
