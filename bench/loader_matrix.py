@@ -3,18 +3,15 @@
     python bench/loader_matrix.py PROGRAM CHECKOUT [--version V] [--families flux wan] [--json FILE]
     python bench/loader_matrix.py PROGRAM CHECKOUT --alpha
     python bench/loader_matrix.py PROGRAM CHECKOUT --further [--families flux wan]
-    python bench/loader_matrix.py PROGRAM CHECKOUT --trainers
     python bench/loader_matrix.py PROGRAM CHECKOUT --files FOLDER
     python bench/loader_matrix.py table
 
 The first adds its counts to bench/results/loaders.json (or FILE), the second what becomes of
-kohya's files without alphas, and of others with them. The third adds the spellings that trainers
-write and no format of prolora's has. The fourth runs the program on the files of
-bench/results/trainers and stores, beside what it read of each, what `prolora check --for` says
-(bench/results/trainers_read.json). The fifth adds which kinds of updates the program reads in
-the files of docs/make_conformance.py, and prints where `prolora check --for` counts otherwise. The
-last makes python/prolora/architectures/loaders.json from the counts: what
-prolora knows of programs.
+kohya's files without alphas, and of others with them. The third adds counts for the names that
+trainers write and prolora does not, for example `double_blocks.0.img_mlp.fc1`. The fourth adds
+which kinds of updates the program reads in the files of docs/make_conformance.py, and prints the
+files that `prolora check --for` counts otherwise. The last makes
+python/prolora/architectures/loaders.json from the counts: what prolora knows of programs.
 
 CHECKOUT is a folder with the program's source; nothing of it is kept. A LoRA over the linear layers
 of a family, in every spelling that files have, goes through what the program does before it touches
@@ -37,13 +34,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import trainer_files
 from loader_programs import PROGRAMS, Keys, Open, Read
 from loader_programs.common import number_rows
 from safetensors.torch import load_file
 from torch import Tensor
 
-from prolora import convert
 from prolora.adapters import Adapter
 from prolora.adapters.contents import parse_contents
 from prolora.adapters.formats.encoding import encode_adapter
@@ -71,14 +66,12 @@ from prolora.architectures.modules import (
     is_linear,
 )
 from prolora.checking.check import check
-from prolora.checking.check_result import Check
 from prolora.core.lowrank import LowRank
 from prolora.errors import UnsupportedFormat
 
 Keep = Callable[[str], bool]
 """Which modules a file has."""
 RESULTS = Path(__file__).parent / "results/loaders.json"
-TRAINERS = RESULTS.with_name("trainers_read.json")
 TABLE = Path(loaders.__file__).with_suffix(".json")
 WHOLE: set[str] = set()
 """Families of which LoRAs have all blocks, since the program counts them."""
@@ -373,18 +366,17 @@ def measure_further(
 ) -> dict[str, object] | None:
     """As `measure`, for files that no format of prolora's writes.
 
-    What a program does not read are patterns of names in the file, where these are neither the
-    authors' nor diffusers'.
+    For aliases, numbered parts and fused projections, "unread" lists patterns of the names in the
+    file, for example `double_blocks.N.img_mlp.fc1`. "needs" lists patterns of which a file must
+    have one to be read at all: ComfyUI recognises a LoRA of Wan Fun by its cross attention.
     """
     usual = set(load_layout(layout).adapted)
     own_names = further[1] in ("diffusers", "authors")
-    unread, reads, stops, counts = set[str](), False, False, [0, 0, 0, 0]
+    unread, needs, reads, stops, counts = set[str](), set[str](), False, False, [0, 0, 0, 0]
     for number, whole in enumerate(make_files(family, layout, further, lambda name: True)):
         refused = False
 
-        def run(
-            keep: Callable[[str], bool], number: int = number
-        ) -> tuple[dict[str, bool], int, int]:
+        def run(keep: Keep, number: int = number) -> tuple[dict[str, bool], int, int]:
             nonlocal refused
             files = make_files(family, layout, further, keep)
             if not files:
@@ -404,15 +396,24 @@ def measure_further(
             modules = find_readable(family, run, usual, modules)
             stops = stops or any(modules.values())
         reads = reads or any(modules.values())
-        lost = [name for name, ok in modules.items() if not ok]
-        patterns = (family.find_pattern(n) if own_names else whole.patterns[n] for n in lost)
-        unread |= set(map(str, patterns))
+        patterns: dict[str, dict[str, bool]] = {}
+        for name, ok in modules.items():
+            pattern = str(family.find_pattern(name)) if own_names else whole.patterns[name]
+            patterns.setdefault(pattern, {})[name] = ok
+        unread |= {pattern for pattern, of in patterns.items() if not all(of.values())}
+        read_alone = {
+            pattern: all(run(set(of).__contains__)[0].values())
+            for pattern, of in patterns.items()
+            if all(of.values())
+        }
+        needs |= {x for x, ok in read_alone.items() if ok and not all(read_alone.values())}
     if not counts[1]:
         return None  # the family has no such names
     return {
         "keys": counts[:2],
         "usual": counts[2:],
         "unread": sorted(unread) if reads else ["*"],
+        **({"needs": sorted(needs)} if needs else {}),
         **({"stops": True} if stops else {}),
     }
 
@@ -573,59 +574,6 @@ def compare_files(open_program: Open, program: str, folder: Path) -> list[str]:
     return sorted(kind for kind, of in fair.items() if of and of <= wholes.get(kind, set()))
 
 
-def judge_trainers(open_program: Open, program: str) -> list[dict[str, Any]]:
-    """What a program reads of trainers' files, and what `check` says of that."""
-    rows: list[dict[str, Any]] = []
-    for stored in sorted(trainer_files.RESULTS.glob("*.json")):
-        for cell in trainer_files.read_cells(stored.stem)[1]:
-            family = known_families().get(cell.family)
-            if not cell.modules or family is None or not cell.layout:
-                continue
-            try:
-                read = open_program(family, cell.layout)
-            except PROGRAM_ERRORS:
-                read = None
-            if read is None:
-                continue
-            source = Lora.open(cell.make_tensors(rank=1), dict(cell.metadata))
-            found = check(source, program=program)
-            took, every = count_read(source, read)
-            row = {"trainer": stored.stem, "model": cell.model, "layout": cell.layout}
-            row |= {"modules": every, "read": took, "said": tell_said(found)}
-            row["skips"] = sum((found.skipped or {}).values())
-            try:
-                written = convert(source, format=program, dtype="float32").state_dict()
-                row["read once converted"] = count_read(Lora.open(written, source.metadata), read)[
-                    0
-                ]
-            except UnsupportedFormat as error:
-                row["not converted"] = str(error)
-            rows.append(row)
-            print(*row.values(), flush=True)
-    return rows
-
-
-def count_read(source: Lora, read: Read) -> tuple[int, int]:
-    """How many modules of a file a program reads, of how many."""
-    slots = parse_contents(source).slots
-    keys = {name: [*slot.keys.values()] for slot in slots for name in slot.module.modules}
-    try:
-        taken = read(number_parts({key: source.read(key) for key in source.tensors}, slots), keys)
-    except PROGRAM_ERRORS:
-        taken = set()
-    return sum(set(of) <= taken for of in keys.values()), len(keys)
-
-
-def tell_said(found: Check) -> str:
-    """What `check` says of a program: "whole", "part", "none" or "not tried"."""
-    title, readers = found.program, found.readers
-    if title in readers.whole and title not in readers.untried:
-        return "whole"
-    if title in readers.part:
-        return "part"
-    return "none" if title in readers.none else "not tried"
-
-
 def describe_checkout(checkout: Path) -> str:
     """Commit and date of a checkout that is a repository of git; "" if it is none."""
     if not (checkout / ".git").exists():
@@ -714,6 +662,7 @@ def summarise(id_: str, sizes: Sizes) -> dict[str, object]:
                 entries = family.list_variant(variant).items()
                 lost = {name for name, entry in entries if lost.intersection(entry.parts)}
             unread |= lost
+            unread |= {f"+{p}" for counts in of for p in counts.get("needs", ())}
             stops = any(counts.get("stops") for counts in of)
             rows[row] = sorted(unread) if not stops else ["!", *sorted(unread)]
     return rows
@@ -805,7 +754,6 @@ def main() -> None:
     parser.add_argument("--families", nargs="*", default=[])
     parser.add_argument("--alpha", action="store_true", help="add what alphas change")
     parser.add_argument("--further", action="store_true", help="add what trainers alone write")
-    parser.add_argument("--trainers", action="store_true", help="judge the files of trainers")
     parser.add_argument("--files", type=Path, help="what docs/make_conformance.py wrote")
     parser.add_argument("--json", type=Path, default=RESULTS)
     arguments = parser.parse_args()
@@ -815,24 +763,18 @@ def main() -> None:
         return
     logging.disable(logging.WARNING)
     # Files in spellings that no program is known to read are what this measures.
-    if not arguments.trainers:
-        loaders.is_read = lambda family, spelling: True
+    loaders.is_read = lambda family, spelling: True
     sys.argv = sys.argv[:1]
     program = PROGRAMS[arguments.program]
     open_program = program.open(arguments.checkout.resolve())
     WHOLE.update(filter(program.counts_blocks, known_families()))
     version = ", ".join(filter(None, [arguments.version, describe_checkout(arguments.checkout)]))
-    if arguments.trainers:
-        judged = json.loads(TRAINERS.read_text("utf-8")) if TRAINERS.exists() else {}
-        rows = judge_trainers(open_program, arguments.program)
-        judged[arguments.program] = {"version": version, "files": rows}
-        TRAINERS.write_text(format_counts(judged), "utf-8")
-        return
     if arguments.files:
         kinds = compare_files(open_program, arguments.program, arguments.files)
         raw[arguments.program]["kinds"] = kinds
     elif arguments.further:
         tables = raw[arguments.program]["families"]
+        raw[arguments.program]["version of further rows"] = version
         for id_ in add_further_to(open_program, tables, arguments.families):
             print(id_, flush=True)
             arguments.json.write_text(format_counts(raw), "utf-8")

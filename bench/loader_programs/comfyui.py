@@ -125,7 +125,7 @@ def open_program(checkout: Path) -> Open:
 
         def read(tensors: dict[str, Tensor], keys: Keys) -> set[str]:
             by_id = {id(tensor): key for key, tensor in tensors.items()}
-            # It renames some files before it looks at any key, as Wan Fun's.
+            # ComfyUI first renames the keys of some files, for example Wan Fun's.
             renamed = comfy.lora_convert.convert_lora(dict(tensors))
             patches = comfy.lora.load_lora(renamed, key_map, log_missing=False)
             taken: set[str] = set()

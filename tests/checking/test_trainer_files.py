@@ -1,36 +1,43 @@
-"""LoRAs as other trainers write them: what is said of them, and what is made of them.
+"""LoRAs with the names that other trainers write: the verdicts of `check`, and conversions.
 
-The names come from the trainers' own code (bench/trainer_files), what programs read of them from
-the programs' own code (bench/loader_matrix.py PROGRAM CHECKOUT --trainers).
+The names come from the trainers' own code (bench/trainer_files). What programs read of such files
+was counted with the programs' own code (bench/trainer_verdicts.py).
 """
 
 import json
 
-import loader_matrix as matrix
 import pytest
+import torch
 import trainer_files
+import trainer_verdicts
 from property_examples import AT_NIGHT
 
 import prolora
 from prolora import check
 from prolora.adapters.lora import Lora
 
-JUDGED = json.loads(matrix.TRAINERS.read_text("utf-8"))
 CELLS = {
     (file.stem, cell.model): cell
     for file in trainer_files.RESULTS.glob("*.json")
     for cell in trainer_files.read_cells(file.stem)[1]
 }
-EVERY = [(program, row) for program, facts in JUDGED.items() for row in facts["files"]]
+STORED = json.loads(trainer_verdicts.RESULTS.read_text("utf-8"))
+ROWS = [(program, row) for program, facts in STORED.items() for row in facts["files"]]
 FALSE_ALARMS = {
-    # Its pipelines for Wan from text stop at the modules that the models from images have.
+    # The pipeline for text-to-video stops at the modules that only image-to-video models have.
     ("diffusers", "Wan 2.1 i2v-14B"),
     ("diffusers", "Wan 2.1 flf2v-14B"),
-    # It stops at a file that has aliases outside the blocks, which this one has not.
+    # diffusers stops at aliases outside the blocks, which this file does not contain.
     ("diffusers", "HunyuanVideo, converted by convert_lora.py"),
 }
+HUNYUAN_VIDEO = ", converted by convert_lora.py"
 HUNYUAN_15 = ", converted by convert_hunyuan_video_1_5_lora_to_comfy.py"
 HUNYUAN_IMAGE = ", converted by convert_hunyuan_image_lora_to_comfy.py"
+TRAINER_NAMES = [
+    ("musubi", "musubi_tuner", "HunyuanVideo", HUNYUAN_VIDEO),
+    ("musubi", "musubi_tuner", "HunyuanVideo 1.5 t2v", HUNYUAN_15),
+    ("sd-scripts", "sd_scripts", "HunyuanImage 2.1", HUNYUAN_IMAGE),
+]
 
 
 def open_file(trainer, model):
@@ -44,30 +51,32 @@ def name_case(case):
     return f"{program}-{row['model']}"
 
 
-def test_no_file_is_said_to_be_read_whole_of_which_a_program_leaves_a_module():
-    wrong = [
-        (p, row) for p, row in EVERY if row["said"] == "whole" and row["read"] < row["modules"]
-    ]
-    assert not wrong
-    assert sum(row["said"] == "whole" for _, row in EVERY) > 100
+def test_no_verdict_is_a_false_success():
+    whole = [row for _, row in ROWS if row["verdict"] == "whole"]
+    assert len(whole) > 100
+    for row in whole:
+        assert row["read"] == row["modules"], row
 
 
-def test_no_file_is_said_to_be_unread_of_which_a_program_reads_a_module():
-    wrong = {(p, row["model"]) for p, row in EVERY if row["said"] == "none" and row["read"]}
+def test_false_alarms_are_the_known_ones():
+    wrong = {(p, row["model"]) for p, row in ROWS if row["verdict"] == "none" and row["read"]}
     assert wrong == FALSE_ALARMS
 
 
-def test_what_is_said_to_be_skipped_is_what_the_program_skips():
-    parts = [row for _, row in EVERY if row["said"] == "part"]
-    assert parts and all(row["modules"] - row["skips"] == row["read"] for row in parts)
+def test_skipped_count_matches_the_program():
+    parts = [row for _, row in ROWS if row["verdict"] == "part"]
+    assert len(parts) == 12
+    for row in parts:
+        assert row["modules"] - row["skips"] == row["read"], row
 
 
-@pytest.mark.parametrize("case", EVERY if AT_NIGHT else EVERY[::7], ids=name_case)
-def test_check_says_today_what_was_judged(case):
+@pytest.mark.parametrize("case", ROWS if AT_NIGHT else ROWS[::7], ids=name_case)
+def test_stored_verdicts_are_those_of_check(case):
     program, row = case
-    found = check(open_file(row["trainer"], row["model"]), program=program)
-    assert matrix.tell_said(found) == row["said"]
-    assert sum(found.modules.values()) == row["modules"]
+    result = check(open_file(row["trainer"], row["model"]), program=program)
+    assert trainer_verdicts.classify(result) == row["verdict"]
+    assert sum((result.skipped or {}).values()) == row["skips"]
+    assert sum(result.modules.values()) == row["modules"]
 
 
 @pytest.mark.parametrize(
@@ -78,28 +87,49 @@ def test_check_says_today_what_was_judged(case):
         ("FLUX.1 Kontext, converted by convert_lora.py", "ComfyUI applies 266 of 418 updates"),
     ],
 )
-def test_a_name_that_the_program_does_not_know_is_counted_as_skipped(model, sentence):
-    found = check(open_file("musubi_tuner", model), program="comfyui")
-    assert (found.mark, found.headline.startswith(sentence)) == ("⚠", True), str(found)
+def test_unknown_aliases_are_counted_as_skipped(model, sentence):
+    result = check(open_file("musubi_tuner", model), program="comfyui")
+    assert (result.mark, result.headline.startswith(sentence)) == ("⚠", True), str(result)
     written = prolora.convert(open_file("musubi_tuner", model), format="comfyui").state_dict()
     assert check(written, program="comfyui").headline == "ComfyUI applies all of it"
 
 
-def test_names_that_a_program_was_not_tried_with_are_no_success():
-    found = check(open_file("musubi_tuner", "HunyuanVideo"), program="sdcpp")
-    assert found.mark == "⚠"
-    assert found.headline.startswith("stable-diffusion.cpp was not tried with such a file")
+def test_uncounted_spelling_is_not_tried():
+    result = check(open_file("musubi_tuner", "HunyuanVideo"), program="sdcpp")
+    assert result.mark == "⚠"
+    assert result.headline.startswith("stable-diffusion.cpp was not tried with such a file")
+
+
+def test_untried_text_encoder_is_no_success_for_one_of_several_models():
+    result = check(open_file("sd_scripts", "Anima with text encoders"), program="sd-scripts")
+    assert result.mark == "⚠"
+    assert result.headline.startswith("sd-scripts was not tried with such a file")
 
 
 @pytest.mark.parametrize(
-    ("program", "trainer", "model", "converted"),
+    ("attention", "headline"),
     [
-        ("musubi", "musubi_tuner", "HunyuanVideo", ", converted by convert_lora.py"),
-        ("musubi", "musubi_tuner", "HunyuanVideo 1.5 t2v", HUNYUAN_15),
-        ("sd-scripts", "sd_scripts", "HunyuanImage 2.1", HUNYUAN_IMAGE),
+        ("cross_attn", "ComfyUI applies all of it"),
+        ("self_attn", "ComfyUI reads nothing of it; `convert()` it with `format=comfyui`"),
     ],
 )
-def test_a_file_for_comfyui_gets_the_trainer_s_own_names_back(program, trainer, model, converted):
+def test_wan_fun_is_recognised_by_its_cross_attention(attention, headline):
+    """ComfyUI renames `lora_unet__` only if `lora_unet__blocks_0_cross_attn_k` is in the file."""
+    tensors = {
+        f"lora_unet__blocks_{block}_{attention}_{x}.{end}": tensor
+        for block in range(2)
+        for x in "qkvo"
+        for end, tensor in (
+            ("lora_down.weight", torch.ones(1, 5120)),
+            ("lora_up.weight", torch.ones(5120, 1)),
+            ("alpha", torch.ones(())),
+        )
+    }
+    assert check(tensors, program="comfyui").headline == headline
+
+
+@pytest.mark.parametrize(("program", "trainer", "model", "converted"), TRAINER_NAMES)
+def test_conversion_restores_the_trainers_names(program, trainer, model, converted):
     own = {*open_file(trainer, model).tensors}
     back = prolora.convert(open_file(trainer, model + converted), format=program)
     assert {*back.state_dict()} == own
@@ -107,19 +137,50 @@ def test_a_file_for_comfyui_gets_the_trainer_s_own_names_back(program, trainer, 
     assert {*again.state_dict()} == own
 
 
-def test_a_trainer_s_own_file_is_whole_for_the_trainer():
-    """Of text encoders, sd-scripts' Gemma and Qwen were not tried."""
+@pytest.mark.parametrize(("program", "trainer", "model", "converted"), TRAINER_NAMES)
+def test_conversion_there_and_back_keeps_every_product(program, trainer, model, converted):
+    """In the first block, with random factors and a scale of 1/2."""
+    del converted
+    cell, generator = CELLS[trainer, model], torch.Generator().manual_seed(0)
+    paths = [path for path in cell.modules if "_blocks_0_" in path]
+    own = {}
+    for path in paths:
+        out, inputs = cell.modules[path]
+        own[f"{path}.lora_down.weight"] = torch.randn(2, inputs, generator=generator)
+        own[f"{path}.lora_up.weight"] = torch.randn(out, 2, generator=generator)
+        own[f"{path}.alpha"] = torch.tensor(1.0)
+    source = Lora.open(own, dict(cell.metadata))
+    there = prolora.convert(source, format="comfyui", dtype="float32").state_dict()
+    assert own.keys() - there.keys()
+    back = prolora.convert(
+        Lora.open(there, dict(cell.metadata)), format=program, dtype="float32"
+    ).state_dict()
+    assert back.keys() == own.keys()
+    for path in paths:
+        before, after = multiply(own, path), multiply(back, path)
+        assert torch.allclose(before, after, atol=1e-4), path
+
+
+def multiply(tensors, path):
+    """The first 64 columns of alpha / rank · up · down."""
+    up, down = tensors[f"{path}.lora_up.weight"], tensors[f"{path}.lora_down.weight"]
+    return tensors[f"{path}.alpha"] / len(down) * (up @ down[:, :64])
+
+
+def test_trainers_read_their_own_files_whole():
+    """Without the text encoders of which nothing was tried: Gemma and Qwen."""
     own = {"musubi": "musubi_tuner", "sd-scripts": "sd_scripts"}
-    rows = [row for program, row in EVERY if row["trainer"] == own.get(program)]
-    rows = [row for row in rows if "converted" not in row["model"] and row["said"] != "not tried"]
+    rows = [row for program, row in ROWS if row["trainer"] == own.get(program)]
+    untried = ("not tried", "ambiguous")
+    rows = [r for r in rows if "converted" not in r["model"] and r["verdict"] not in untried]
     assert len(rows) > 40
     for row in rows:
-        assert row["said"] == "whole"
+        assert row["verdict"] == "whole"
         assert row["read"] == row["read once converted"] == row["modules"]
 
 
-def test_a_text_encoder_of_chroma_survives_a_conversion():
-    """Without its header the result looks like FLUX.1's, which has T5 in another place."""
+def test_chroma_lora_with_t5_can_be_converted():
+    """Without a header the result resembles FLUX.1's, whose T5 is the second text encoder."""
     lora = open_file("sd_scripts", "Chroma with text encoders")
     written = prolora.convert(lora, format="sd-scripts").state_dict()
     assert len(written) == len(lora.tensors) == 3 * 396

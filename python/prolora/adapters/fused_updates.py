@@ -134,7 +134,7 @@ def read_vector(slot: VectorSlot, scale: float, source: Lora) -> dict[str, Tenso
 def fuse_vectors(
     vectors: Mapping[str, Tensor], find_weight: Callable[[str], AuthorsWeight | None]
 ) -> dict[str, Tensor]:
-    """Fuses biases for a file whose matrices hold several modules.
+    """Fuses biases for a file whose matrices contain several modules.
 
     A part without a bias of its own gets zeros. `find_weight` is as in `Codec`.
 

@@ -101,7 +101,8 @@ class AuthorsWeight(NamedTuple):
     # Are the halves of its rows in the other order than in diffusers? See `Swapped`.
     swap: Literal["never", "always", "if two"] = "never"
     variant: Variant = "authors"  # how the file spelled it; `name` is the authors' own
-    spelled: str = ""  # the pattern of the name in the file, where that is not the authors'
+    # The pattern of the name in the file unless that is the authors': `double_blocks.N.img_attn_q`
+    spelled: str = ""
 
     def split_rows(self, height: int) -> tuple[int, ...]:
         """Returns the rows of each part of a matrix [height, n]; () if they do not divide."""
@@ -144,7 +145,7 @@ class Family:
     # Title -> sizes, where programs load the sizes by different code
     groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     unet: bool = False  # names follow from arithmetic (`ldm`), not from tables
-    # The aliases that are written, as trainers have them; () for all
+    # The aliases that its trainers use, which are the ones written; () for all
     written_aliases: tuple[str, ...] = ()
 
     @classmethod
@@ -208,10 +209,11 @@ class Family:
         return self._make_weight(*match) if match else None
 
     def find_alias(self, module: str) -> AuthorsWeight | None:
-        """Returns the weight that is or holds a canonical module, named by its alias.
+        """Returns the weight that contains a canonical module, under its alias.
 
-        None where it has no alias that is written. Of several, the one with the fewest parts: a
-        LoRA of the queries alone then needs no zeros for keys and values.
+        For example `transformer_blocks.0.attn.to_q` -> `double_blocks.0.img_attn_q` for
+        HunyuanVideo 1.5. None if no alias is written for it. Of several aliases, the one with the
+        fewest parts: a LoRA of only the queries then needs no zeros for keys and values.
         """
         match = _match_pattern(module, self._aliases, dotted=True)
         if match is None:
@@ -223,9 +225,10 @@ class Family:
         )
 
     def is_alike(self, module: str, *, dotted: bool = True) -> bool:
-        """Returns whether files have one name for a canonical module, whoever's names they have.
+        """Returns whether a canonical module has the same name in diffusers' and authors' files.
 
-        `dotted` is False for files that have underscores in place of dots.
+        `dotted` is False for files with underscores in place of dots, where for example
+        `time_embedding.linear_1` and `time_embedding_linear_1` are the same.
         """
         match = _match_pattern(module, self._modules, dotted=True)
         own = match[0] if match else ""
@@ -268,7 +271,7 @@ class Family:
 
     @cached_property
     def _aliases(self) -> _Patterns[str]:
-        """Canonical patterns -> the alias that holds them."""
+        """Canonical patterns -> the alias that contains them."""
         every, chosen = self.list_variant("alias"), self.written_aliases
         aliases = {name: every[name] for name in chosen or every}
         longest_first = sorted(aliases, key=lambda name: -len(aliases[name].parts))
@@ -307,9 +310,9 @@ class Family:
 
     @cached_property
     def _weights(self) -> _Patterns[tuple[str, Variant, str]]:
-        """Names that files have for the authors' weights -> what they mean.
+        """Patterns of names in files -> (the authors' pattern, the variant, the pattern itself).
 
-        That is the authors' pattern, the variant, and the name itself, whose dots are known here.
+        The third is needed for names with underscores, which do not show their dots.
         """
         fused, same = self._list_fused(), self._holders.dotted
         known: dict[str, tuple[str, Variant, str]] = {}

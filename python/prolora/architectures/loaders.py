@@ -5,8 +5,9 @@ programs that have models of it (under ""), and for every way of spelling a file
 each leaves unread, or reads with its rows in another order: patterns of modules. In a row of
 aliases, numbered parts or fused projections these are patterns of names in the file. An empty list
 is a file read whole, `["*"]` one of which nothing is read. `!` before the patterns: the program
-stops at a file with one of them. null: it leaves more modules than are listed. `?`: how much it
-leaves is not known.
+stops at a file with one of them. `+` before a pattern: the program reads nothing of a file that has
+none of these; for example, ComfyUI recognises a LoRA of Wan Fun by its cross attention. null: it
+leaves more modules than are listed. `?`: how much it leaves is not known.
 
 A program that is missing in a row reads nothing if the row is one that every program was tried
 with: one of `rows`, or of the family's own formats. In any other row it was not tried.
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cache
 from importlib import resources
 from types import MappingProxyType
@@ -29,8 +30,8 @@ from typing import Any, Literal, NamedTuple
 from .family import PEFT, Family, Spelling
 from .modules import find_component, is_in_text_encoder
 
-Reach = Literal["whole", "part", "none"]
-"""How much of a file a program reads."""
+Reach = Literal["whole", "part", "none", "stops"]
+"""How much of a file a program reads. "stops": nothing, because of one of its modules."""
 TEXT, ALPHA = " + text", " ± alpha"
 """Behind the name of a row: what programs do with text encoders; with alphas where the format has
 none by itself, without them where it has."""
@@ -65,19 +66,14 @@ def name_row(family: Family, format: str, spelling: Spelling | None, swapped: bo
 
 def list_spellings(family: Family) -> list[Spelling]:
     """Lists the spellings in which programs were tried with a family; none of a UNet."""
-    everyones = _read_table()["rows"]
+    aliases = {f"{one.prefix}|alias" for one in family.spellings.values()}
+    written = {*_read_table()["rows"], *aliases}
     rows = (row.partition("|") for row in _read_table()["families"].get(family.id, {}))
     return [
         Spelling(prefix, names, prefix[-1:] != "_")
         for prefix, bar, names in rows
-        if bar and prefix != PEFT.prefix
-        if prefix + bar + names in everyones or (prefix, names) in _written_aliases(family)
+        if prefix + bar + names in written and prefix != PEFT.prefix
     ]
-
-
-def _written_aliases(family: Family) -> Iterator[tuple[str, str]]:
-    """Yields the prefixes of the family's own formats, each with "alias"."""
-    return ((one.prefix, "alias") for one in family.spellings.values() if family.aliases)
 
 
 def list_programs(family: str) -> list[str]:
@@ -88,7 +84,7 @@ def list_programs(family: str) -> list[str]:
 def is_read(family: Family, spelling: Spelling) -> bool:
     """Returns whether a program reads this family's modules in a spelling.
 
-    One that has aliases for some modules alone reads no file whole that has all of them.
+    For aliases, some of them suffice: no program reads the aliases of all trainers.
     """
     reads = _read_table()["families"].get(family.id, {}).get(name_row(family, "", spelling), {})
     if spelling.names == "alias":
@@ -114,22 +110,14 @@ def find_reach(
         spelled: module -> the pattern of its name in the file, as in `AuthorsWeight.spelled`, where
             that is neither the authors' nor diffusers'.
     """
-    amounts = find_amounts(family, row, modules, spelled)
-    return {program: "none" if x == "stops" else x for program, x in amounts.items()}
-
-
-def find_amounts(
-    family: Family, row: str, modules: Iterable[str], spelled: Mapping[str, str] = _NOTHING
-) -> dict[str, Reach | Literal["stops"]]:
-    """As `find_reach`, and "stops" where the program would read other modules in such a file."""
     names = list(modules)
     denoiser = {name for name in names if family.find_pattern(name)}
     if any(str(family.find_pattern(name)).startswith(family.untried) for name in denoiser):
         return {}
     patterns = {spelled.get(name) or str(family.find_pattern(name)) for name in denoiser}
     programs, reads, encoders_lost = _look_up(family, row)
-    reach: dict[str, Reach | Literal["stops"]] = {}
-    reach |= dict.fromkeys(programs, "none") if _is_everyones(family, row) else {}
+    reach: dict[str, Reach] = {}
+    reach |= dict.fromkeys(programs, "none") if _is_tried_by_all(family, row) else {}
     for program, unread in reads.items():
         if unread == ["?"]:
             reach.pop(program, None)
@@ -137,7 +125,7 @@ def find_amounts(
             reach[program] = "part"
         elif unread == ["!"]:
             reach[program] = "stops"
-        elif unread == ["*"]:
+        elif unread == ["*"] or not _is_recognised(patterns, unread):
             reach[program] = "none"
         elif not patterns.intersection(unread):
             reach[program] = "whole"
@@ -148,7 +136,7 @@ def find_amounts(
     encoders = {find_component(name) for name in names if is_in_text_encoder(name)}
     for program, lost in encoders_lost.items() if encoders else ():
         if program in reach:
-            parts = {reach[program]} if patterns else set()
+            parts: set[Reach] = {reach[program]} if patterns else set()
             parts |= {"none" if one in lost else "whole" for one in encoders}
             reach[program] = parts.pop() if len(parts) == 1 else "part"
     return reach
@@ -167,7 +155,7 @@ def count_skipped(
     """
     _, reads, encoders_lost = _look_up(family, row)
     unread, lost = reads.get(program), encoders_lost.get(program, [])
-    if program not in reads and _is_everyones(family, row):
+    if program not in reads and _is_tried_by_all(family, row):
         unread = ["*"]
     if unread is None or unread == ["?"]:
         return None
@@ -177,6 +165,8 @@ def count_skipped(
         else spelled.get(name) or family.find_pattern(name) or name
         for name in modules
     ]
+    if not _is_recognised(names, unread):
+        unread = ["*"]
     left = (name for name in names if name in unread or name in lost or unread == ["*"])
     return dict(Counter(left).most_common())
 
@@ -195,14 +185,20 @@ def _look_up(family: Family, row: str) -> tuple[Any, Any, Any]:
     rows = _read_table()["families"].get(family.id, {"": []})
     plain = row.removesuffix(ALPHA)
     reads = rows.get(plain, {})
-    if plain != row and not _is_everyones(family, row):
+    if plain != row and not _is_tried_by_all(family, row):
         # Further rows were counted with the usual alphas alone.
         choosy = {x for one, of in rows.items() if one.endswith(ALPHA) for x in of}
         reads = {program: unread for program, unread in reads.items() if program not in choosy}
     return rows[""], reads | rows.get(row, {}), rows.get(plain + TEXT, {})
 
 
-def _is_everyones(family: Family, row: str) -> bool:
+def _is_recognised(patterns: Collection[str], unread: Iterable[str]) -> bool:
+    """Returns whether a file has a pattern that the program looks for, if it looks for any."""
+    needed = {one[1:] for one in unread if one.startswith("+")}
+    return not needed or bool(needed.intersection(patterns))
+
+
+def _is_tried_by_all(family: Family, row: str) -> bool:
     """Returns whether every program that has such models was tried with a row."""
     plain = row.removesuffix(ALPHA)
     own = (name_row(family, format, one) for format, one in family.spellings.items())

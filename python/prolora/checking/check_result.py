@@ -144,13 +144,14 @@ class Check:
     def _judge_program(self) -> tuple[Mark, str]:
         """Judges whether the program that was asked about reads all of it."""
         title, readers = self.program, self.readers
-        if title in readers.whole and title not in readers.untried:
+        sure = [reader for reader in readers.whole if reader not in readers.untried]
+        if title in sure:
             return "✔", f"{title} applies all of it"
         id_ = next(key for key, one in known_loaders().items() if one.title == title)
         fix = f"; `convert()` it with `format={id_}`" if self.convertible else ""
         if title in readers.none:
             return "✖", f"{title} reads nothing of it{fix}"
-        if able := next((x for x in readers.whole if x.startswith(f"{title} (as ")), ""):
+        if able := next((x for x in sure if x.startswith(f"{title} (as ")), ""):
             return "⚠", f"{able} applies all of it; as another model's, it may not"
         if title not in readers.whole + readers.part:
             why = "with such a file" if self.families else "with a model of no known family"

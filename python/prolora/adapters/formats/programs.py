@@ -25,8 +25,7 @@ _FURTHER = (
 class Readers(NamedTuple):
     """Titles of programs by how much they read of a LoRA file.
 
-    A program without such a model is in none of them, nor is one that was not tried with such a
-    file.
+    A program that has no such model, or was not tried with such a file, is in none of them.
     """
 
     whole: tuple[str, ...] = ()  # read all of it
@@ -49,15 +48,16 @@ class FileNames(NamedTuple):
     """How a file spells its modules."""
 
     format: str
-    spelling: Spelling | None = None  # of most modules of a transformer; None for a UNet
-    # Modules with names of another kind -> how they are spelled, and the pattern of the name as in
-    # `AuthorsWeight.spelled`
+    spelling: Spelling | None = None  # the most common one; None for a UNet
+    # Module -> its spelling and the pattern of its name (`AuthorsWeight.spelled`), for modules that
+    # have another spelling, for example `transformer_blocks.0.ff.net.0.proj` ->
+    # (alias behind `lora_unet_`, `double_blocks.N.img_mlp.fc1`)
     others: Mapping[str, tuple[Spelling, str]] = MappingProxyType({})
     swapped: bool = False  # as in `loaders.name_row`
 
     @classmethod
     def of_slots(cls, slots: Sequence[Slot], format: str, spelling: Spelling | None) -> FileNames:
-        """Returns the names of the updates in a file; `spelling` is that of most of them."""
+        """Returns the names of the updates in a file; `spelling` is the most common one."""
         alphas = {"alpha" in slot.keys for slot in slots if slot.form.rank and not slot.peft}
         others = {
             name: (own, slot.module.matrix.spelled if slot.module.matrix else "")
@@ -81,7 +81,7 @@ class FileNames(NamedTuple):
         return cls(format, spelling, others)
 
     def list_rows(self, family: Family, modules: Iterable[str]) -> dict[str, list[str]]:
-        """Returns row of the table of programs -> the modules of the file that it is about."""
+        """Groups the modules of a file by their row in the table of programs."""
         rows: dict[str, list[str]] = {}
         for name in modules:
             spelling = self.others[name][0] if name in self.others else self.spelling
@@ -91,7 +91,7 @@ class FileNames(NamedTuple):
 
     @property
     def patterns(self) -> dict[str, str]:
-        """Module -> the pattern of its name in the file, where the family's tables do not tell."""
+        """Module -> the pattern of its name in the file, for aliases, parts and fused names."""
         return {name: pattern for name, (_, pattern) in self.others.items() if pattern}
 
 
@@ -101,7 +101,7 @@ def find_readers(
     """Returns how much each tried program reads of a LoRA file.
 
     A program that reads all of the file for some of the models is titled "ComfyUI (as PixArt)".
-    One that was not tried with names of a kind that the file has is in none of the lists.
+    A program that was not tried with every spelling in the file is in none of the lists.
 
     Args:
         families: ids of the families that the LoRA can belong to, as in `list_loaded`.
@@ -110,41 +110,44 @@ def find_readers(
     """
     tables = _known(families)
     of_each = [combine_reach(one, names, modules) for one in tables]
-    readers: dict[loaders.Reach, list[str]] = {"whole": [], "part": [], "none": []}
-    for id_, loader in loaders.known_loaders().items():
-        amounts = [reach.get(id_) for reach in of_each]
-        able = [one.title for one, x in zip(tables, amounts, strict=True) if x == "whole"]
-        if len({*amounts}) == 1 and amounts[0]:
-            readers[amounts[0]].append(loader.title)
-        elif able:
-            readers["whole"].append(f"{loader.title} (as {' or '.join(able)})")
-    whole, part, none = (tuple(readers[amount]) for amount in ("whole", "part", "none"))
-    unknown = {
+    encoders_untried = {
         program
         for one in tables
         for row, of in names.list_rows(one, modules).items()
         for program in loaders.find_untried(one, row, of)
     }
-    titles = [loader.title for id_, loader in loaders.known_loaders().items() if id_ in unknown]
-    return Readers(whole, part, none, tuple(one for one in titles if one in whole + part))
+    readers: dict[loaders.Reach, list[str]] = {"whole": [], "part": [], "none": []}
+    untried = []
+    for id_, loader in loaders.known_loaders().items():
+        amounts = [reach.get(id_) for reach in of_each]
+        able = [one.title for one, x in zip(tables, amounts, strict=True) if x == "whole"]
+        amount, title = amounts[0] if len({*amounts}) == 1 else None, loader.title
+        if amount is None and able:
+            amount, title = "whole", f"{loader.title} (as {' or '.join(able)})"
+        if amount is not None:
+            readers[amount].append(title)
+            if amount != "none" and id_ in encoders_untried:
+                untried.append(title)
+    whole, part, none = (tuple(readers[amount]) for amount in ("whole", "part", "none"))
+    return Readers(whole, part, none, tuple(untried))
 
 
 def combine_reach(
     family: Family, names: FileNames, modules: Iterable[str]
 ) -> dict[str, loaders.Reach]:
-    """Returns program -> how much it reads of a file, if it was tried with all that is in it."""
+    """Returns program -> how much it reads of a file: "whole", "part" or "none".
+
+    A program that was not tried with every spelling in the file is missing.
+    """
     rows = names.list_rows(family, modules)
-    of_each = [
-        loaders.find_amounts(family, row, some, names.patterns) for row, some in rows.items()
-    ]
+    of_each = [loaders.find_reach(family, row, some, names.patterns) for row, some in rows.items()]
     reach: dict[str, loaders.Reach] = {}
     for program in loaders.list_programs(family.id):
-        amounts = [of.get(program) for of in of_each]
-        if "stops" in amounts:
+        if any(of.get(program) == "stops" for of in of_each):
             reach[program] = "none"
-        elif None not in amounts:
-            first = amounts[0] if len({*amounts}) == 1 else "part"
-            reach[program] = "part" if first is None or first == "stops" else first
+        elif all(program in of for of in of_each):
+            amounts = {of[program] for of in of_each}
+            reach[program] = amounts.pop() if len(amounts) == 1 else "part"
     return reach
 
 

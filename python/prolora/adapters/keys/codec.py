@@ -135,9 +135,9 @@ class Module(NamedTuple):
 
     @property
     def own_spelling(self) -> Spelling | None:
-        """How this very module is spelled, which may be by an alias.
+        """How this module is spelled, for example by an alias.
 
-        None where that does not tell: of a module with one name everywhere, or of no transformer.
+        None if its name is the same in all spellings, and for UNets and text encoders.
         """
         if self.spelling is None or self.alike or self.described:
             return None
@@ -216,9 +216,9 @@ class Codec(NamedTuple):
         return _CONDITIONER + path.removeprefix(_ADAPTER) if path.startswith(_ADAPTER) else path
 
     def find_weight(self, module: str) -> AuthorsWeight | None:
-        """Returns the matrix in a file that is a canonical module or has its rows.
+        """Returns the matrix that contains the rows of a canonical module in files of this codec.
 
-        None where a file has the modules of diffusers. `name` of the weight is the file's.
+        Its `name` is the name in the file. None if the file has diffusers' modules.
         """
         names = (self.spelling or SPELLINGS[self.format]).names
         if self.family is None or names == "diffusers":

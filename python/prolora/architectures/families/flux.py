@@ -44,7 +44,7 @@ FAMILY = Family(
     },
     aliases={
         "img_in.proj": "img_in",  # OneTrainer's
-        # What musubi-tuner's convert_lora.py makes of FLUX.1 Kontext: some underscores stay.
+        # musubi-tuner's convert_lora.py leaves some underscores in LoRAs for FLUX.1 Kontext.
         **{
             f"double_blocks.N.{stream}_attn_{part}": f"double_blocks.N.{stream}_attn.{part}"
             for stream in ("img", "txt")
