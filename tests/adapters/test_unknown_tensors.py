@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lora_files import pair, random, relative_error
 from property_examples import examples
+from safetensors.torch import load_file
 
 import prolora
 from prolora import Lora
@@ -167,6 +168,32 @@ def test_a_scale_that_programs_read_differently_refuses_its_update():
         assert [row.source for row in report.modules if row.status == "mapped"] == [PROJ_OUT]
         (refused,) = (row for row in report.modules if row.status == "refused")
         assert refused.source == PROJ_IN and "'scale'" in refused.reason
+
+
+@pytest.mark.parametrize("scale", [0.25, 1.0])
+def test_moved_lora_has_its_scale_in_the_factors(scale, tmp_path):
+    """Between bases that are alike, so that the updates are copied."""
+    tensors = two_modules(scale=torch.tensor(scale))
+    out = tmp_path / "moved.safetensors"
+    moved = prolora.transfer(tensors, BASE, BASE, again=True, out=out)
+    assert moved.report.unread == ()
+    written = load_file(out)
+    assert not any(key.endswith(".scale") for key in written)
+    before, after = (prolora.convert(x).adapter.updates for x in (tensors, written))
+    assert before.keys() == after.keys() and len(before) == 2
+    for name, update in before.items():
+        assert relative_error(after[name].dense(), update.dense()) < 1e-6
+
+
+def test_scale_that_a_program_ignores_is_a_defect():
+    tensors = two_modules(scale=torch.tensor(0.25))
+    for program in (None, "comfyui", "diffusers"):
+        (defect,) = prolora.check(tensors, program=program).defects
+        assert defect.mark == "⚠" and f"{KOHYA}.scale" in defect.text
+    for program in ("sdcpp", "a1111", "sdnext"):
+        assert not prolora.check(tensors, program=program).defects
+    assert not prolora.check(two_modules(scale=torch.tensor(1.0)), program="comfyui").defects
+    assert not prolora.check(prolora.convert(tensors).state_dict(), program="comfyui").defects
 
 
 def test_a_scale_of_a_module_without_an_update_is_left_out():

@@ -88,7 +88,8 @@ def read_adapter(
     scales = {slot.module.name: read_scale(slot, opened) for slot in contents.slots}
     for slot in contents.slots:
         stored = _add_update(adapter, slot, scales[slot.module.name], opened, read_weight, rank)
-        if keep_stored and stored:
+        # Few programs read a `.scale`: with it folded into the factors all of them do.
+        if keep_stored and stored and "scale" not in slot.keys:
             adapter.stored.append(stored)
     for vector in contents.vectors:
         scale = scales.get(vector.module.name, 1.0)

@@ -182,6 +182,8 @@ def _verify_output(
                 if plain and slot.kernel != adapter.kernels.get(name):
                     raise OutputError(f"{where}: {name} reads back with another kernel")
                 updates -= set(owned)
+            if surplus := next(iter(contents.left_out), ""):
+                raise OutputError(f"{where}: {surplus} was written, and nothing reads it")
     except OutputError:
         raise
     except ProLoRAError as error:

@@ -25,6 +25,9 @@ LARGEST_FACTOR = 4.0
 ZERO_IS_NOTHING = ("comfyui", "a1111", "diffusers")
 """Programs that multiply by an alpha of 0; trainers read it as the rank."""
 
+SCALE_IS_READ = ("sdcpp", "a1111", "sdnext")
+"""Programs that read a number called `.scale` in place of alpha / rank."""
+
 OUTLIER = 1e4
 """An update larger than so many times its file's median is damaged."""
 
@@ -46,6 +49,7 @@ def find_defects(contents: Contents, opened: Lora, program: str | None = None) -
     """Finds what header and alphas show; `program` is a key of `known_loaders()`."""
     alphas = Alphas.of(contents.slots, opened)
     defects = [_find_unread(contents), _find_lost(alphas), _find_zero(alphas, program)]
+    defects.append(_find_scales(contents, opened, program))
     return [defect for defect in (*defects, _find_odd(alphas)) if defect]
 
 
@@ -99,6 +103,20 @@ def _find_zero(alphas: Alphas, program: str | None) -> Defect | None:
     ranks = {slot.form.rank for slot in alphas.slots}
     fix = f"`convert()` it with `alpha={ranks.pop()}`" if len(ranks) == 1 else ""
     return Defect("✖" if program in ZERO_IS_NOTHING else "⚠", text, fix)
+
+
+def _find_scales(contents: Contents, opened: Lora, program: str | None) -> Defect | None:
+    """Finds scales in tensors called `.scale`, which most programs ignore."""
+    keys = [slot.keys["scale"] for slot in contents.slots if "scale" in slot.keys]
+    acting = [key for key in keys if not isclose(opened.read_number(key), 1.0)]
+    if not acting or program in SCALE_IS_READ:
+        return None
+    count = "1 update has its" if len(acting) == 1 else f"{len(acting)} updates have their"
+    text = (
+        f"{count} scale in a tensor that only stable-diffusion.cpp, A1111 and SD.Next read "
+        f"({acting[0]}): elsewhere they act with another strength."
+    )
+    return Defect("⚠", text, "`convert()` it")
 
 
 def _find_odd(alphas: Alphas) -> Defect | None:
