@@ -126,7 +126,7 @@ def build_hidream_o1(task: str) -> Make:
     """
 
     def build(module: Module) -> nn.Module:
-        model = musubi.build_hidream_o1(module)
+        model = musubi.build_hidream_o1(module, "hidream-o1")
         model.hidream_o1_task = task
         return model
 
@@ -188,7 +188,7 @@ MODELS: tuple[tuple[str, str, str, str, str, Make], ...] = (
         "hunyuan-video",
         "HUNYUAN_VIDEO",
         "lora",
-        musubi.build_hunyuan_video,
+        lambda module: musubi.build_hunyuan_video(module, "hunyuan-video"),
     ),
     (
         "HunyuanVideo 1.5 t2v",
@@ -215,7 +215,7 @@ MODELS: tuple[tuple[str, str, str, str, str, Make], ...] = (
         "ideogram4",
         "IDEOGRAM4",
         "lora_ideogram4",
-        musubi.build_ideogram,
+        lambda module: musubi.build_ideogram(module, "ideogram4"),
     ),
     *(
         (
