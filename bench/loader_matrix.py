@@ -43,8 +43,9 @@ from prolora.adapters import Adapter
 from prolora.adapters.contents import parse_contents
 from prolora.adapters.formats.encoding import encode_adapter
 from prolora.adapters.formats.groups import lay_out
+from prolora.adapters.formats.programs import NAMED
 from prolora.adapters.key_groups import Slot
-from prolora.adapters.keys.tensor_keys import split_key
+from prolora.adapters.keys.tensor_keys import find_adapter_name, split_key
 from prolora.adapters.lora import Lora
 from prolora.architectures import loaders
 from prolora.architectures.families import known_families, loaded_families
@@ -518,11 +519,20 @@ def number_parts(tensors: dict[str, Tensor], slots: list[Slot]) -> dict[str, Ten
 
 
 def list_cases(folder: Path) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """The files of a folder; LoRAs also as differences of whole weights, which take no memory."""
+    """The files of a folder.
+
+    LoRAs also as differences of whole weights, which take no memory, and with the name that PEFT
+    gives an adapter in memory (`to_q.lora_A.default.weight`).
+    """
     for file in sorted(folder.glob("*.safetensors")):
         yield file.name, (tensors := load_file(file))
         if "-lora-" in file.name and "-without-" not in file.name:
             slots = parse_contents(Lora.open(tensors)).slots
+            if any(".lora_A." in key for key in tensors):
+                named = {
+                    re.sub(r"(\.lora_[AB])\.", r"\1.default.", k): x for k, x in tensors.items()
+                }
+                yield f"{file.name} with an adapter's name", named
             paths = {split_key(next(iter(slot.keys.values())))[0]: slot.form for slot in slots}
             one = torch.ones(1, 1)
             yield (
@@ -559,6 +569,7 @@ def compare_files(open_program: Open, program: str, folder: Path) -> list[str]:
             taken = set()
         took, every = sum(set(of) <= taken for of in keys.values()), len(keys)
         place, (kind, *_) = (family.id, found.format), found.algorithms
+        kind = NAMED if any(map(find_adapter_name, tensors)) else kind
         tried.setdefault(kind, set()).add(place)
         if took == every:
             wholes.setdefault(kind, set()).add(place)

@@ -202,7 +202,7 @@ def test_a_scale_of_a_module_without_an_update_is_left_out():
     assert made.report.unread == ("lora_unet_conv_in.scale",)
 
 
-DOTTED = ["lora_gate", "lora_magnitude", "weight", "bias", "lora_A.turbo.weight", "lora.gate"]
+DOTTED = ["lora_gate", "lora_magnitude", "weight", "bias", "lora_C.turbo.weight", "lora.gate"]
 SUFFIXES = [[f".{suffix}"] for suffix in DOTTED]
 SUFFIXES += [["_gain"], ["_gain.weight"], [f".gain{i}" for i in range(7)]]
 

@@ -155,7 +155,7 @@ class Check:
             return "⚠", f"{able} applies all of it; as another model's, it may not"
         if title not in readers.whole + readers.part:
             why = "with such a file" if self.families else "with a model of no known family"
-            return "⚠", f"{title} was not tried {why}: what it does with it is not known"
+            return "⚠", f"{title} was not tried {why}: what it does with it is not known{fix}"
         much = "its denoiser's updates; with its text encoders it was not tried"
         if title in readers.part:
             much = "a part of it"

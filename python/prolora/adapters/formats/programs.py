@@ -12,9 +12,12 @@ from ...architectures.families import loaded_families
 from ...architectures.family import Family, Spelling
 from ...errors import UnsupportedFormat
 from ..key_groups import Slot
+from ..keys import tensor_keys
 
 PLAIN = "lora", "locon", "norm"
 """Kinds of update that all programs were tried with."""
+NAMED = "lora named default"
+"""A kind of update: a LoRA whose keys hold PEFT's name of the adapter, `lora_A.default.weight`."""
 _FURTHER = (
     Spelling("diffusion_model.", "diffusers"),
     Spelling("", "diffusers"),
@@ -300,6 +303,11 @@ def ask_programs(
         mixed = lost if any(slot.kind in PLAIN for slot in slots) else ()
         none = readers.none if mixed else lost + readers.none
         readers = Readers(whole, part + mixed, none, readers.untried)
+    if adapter_names := {
+        tensor_keys.find_adapter_name(slot.keys.get("down", "")) for slot in slots
+    } - {""}:
+        able = {x.title for x in tried if adapter_names == {"default"} and NAMED in x.kinds}
+        readers = Readers(*(tuple(filter(able.__contains__, some)) for some in readers))
     if program is None or len(families) != 1:
         return readers, None
     family, skipped = loaded_families()[families[0]], Counter[str]()

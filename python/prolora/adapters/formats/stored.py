@@ -11,6 +11,7 @@ from torch import Tensor
 from ...architectures.family import AuthorsWeight
 from ...core.lowrank import LowRank
 from ..adapter import Adapter, StoredUpdate
+from ..keys.tensor_keys import find_adapter_name
 from ..vectors import find_vector_module
 from .groups import lay_out
 
@@ -90,6 +91,8 @@ def _has_place(one: StoredUpdate, format: str) -> bool:
     """Returns whether a format can say all of an update."""
     if any("processor" in key and "_lora" in key for key in one.keys.values()):
         return False  # names of old attention processors
+    if any(map(find_adapter_name, one.keys.values())):
+        return False
     if not one.configured:
         return True
     plain = one.kind.partition("+")[0] in ("lora", "locon")

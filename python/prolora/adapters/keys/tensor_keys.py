@@ -14,16 +14,18 @@ from .codec import Codec
 # DoRA's magnitudes in PEFT's and ai-toolkit's names go with the output axis always, others with
 # either. The last three are differences of biases and normalisation layers; a LoRA's own bias has
 # its scale.
+_NAME = r"(?:\.default|\.[^.]+(?=\.(?:weight|bias)$))?"
+"""The name that PEFT gives an adapter in memory: `to_q.lora_A.default_0.weight`."""
 _SUFFIXES = {
-    "down": r"\.lora_(?:A|down)(?:\.default)?(?:\.weight)?"
+    "down": rf"\.lora_(?:A|down){_NAME}(?:\.weight)?"
     r"|(?:\.lora|\.lora_linear_layer|_lora)\.down\.weight",
-    "up": r"\.lora_(?:B|up)(?:\.default)?(?:\.weight)?"
+    "up": rf"\.lora_(?:B|up){_NAME}(?:\.weight)?"
     r"|(?:\.lora|\.lora_linear_layer|_lora)\.up\.weight",
     "mid": r"\.lora_mid\.weight",
-    "magnitude": r"\.lora_magnitude_vector(?:\.default)?(?:\.weight)?|\.magnitude",
+    "magnitude": rf"\.lora_magnitude_vector{_NAME}(?:\.weight)?|\.magnitude",
     "weight": r"\.w_norm",
     "bias": r"\.(?:b_norm|diff_b)",
-    "scaled_bias": r"\.lora_(?:B|up)(?:\.default)?\.bias",
+    "scaled_bias": rf"\.lora_(?:B|up){_NAME}\.bias",
 }
 _PLAIN = (  # the suffix is the role
     r"hada_w[12]_[ab]|hada_t[12]|lokr_w[12](?:_[ab])?|lokr_t2|diff|oft_blocks|rescale"
@@ -35,6 +37,7 @@ _KEY = re.compile(
     + "|".join(f"(?P<{role}>{suffix})" for role, suffix in _SUFFIXES.items())
     + rf"|\.(?P<plain>{_PLAIN})|\.(?P<glora>{_GLORA})\.weight)"
 )
+_ADAPTER_NAME = re.compile(r"\.lora_(?:A|B|down|up)\.(default$|[^.]+(?=\.(?:weight|bias)$))")
 # Their names of modules end like a suffix.
 _XLABS = re.compile(r"(?P<path>.+\.processor\.(?:qkv|proj)_lora[12]?)\.(?P<role>down|up)\.weight")
 
@@ -128,6 +131,12 @@ def split_key(key: str) -> tuple[str, str]:
         return "", ""
     role = match.lastgroup or ""
     return match["path"], match[role] if role in ("plain", "glora") else role
+
+
+def find_adapter_name(key: str) -> str:
+    """Returns the name of PEFT's adapter in a key, "default" or any other; "" without one."""
+    match = _ADAPTER_NAME.search(key)
+    return match[1] if match else ""
 
 
 def find_unread(key: str) -> tuple[str, str]:
