@@ -23,12 +23,13 @@ program whose packages are missing here gets empty ones in their place.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -129,10 +130,12 @@ FURTHER = {
 """Row -> (prefix, variant) of the files that no format of prolora's writes."""
 EVERYONES = [f"{one.prefix}|{one.names}" for one in SPELLINGS]
 """Rows that every program is tried with."""
-MOST_LISTED = 32
+MOST_PAIRED = 16
+"""Patterns that are tried in pairs, where a program stops at each alone."""
+MOST_LISTED = 48
 """Patterns of modules that the table lists; of a program that leaves more it says "in part"."""
-NOT_TRIED = ("audio_injector.", "casual_audio_encoder.", "face_", "fps_projection.")
-"""What S2V, Animate and SkyReels-V2 have beside Wan's blocks, which LoRAs leave alone."""
+NOT_TRIED = ("fps_projection.",)
+"""What SkyReels-V2 has beside Wan's blocks, which LoRAs leave alone."""
 PROGRAM_ERRORS = (AssertionError, LookupError, RuntimeError, TypeError, ValueError)
 _CLIP_L, _CLIP_G, _CLIP_H = (768, 3072), (1280, 5120), (1024, 4096)
 _LAYER = "text_model.encoder.layers.0"
@@ -470,7 +473,7 @@ def find_readable(
 ) -> dict[str, bool]:
     """Which modules a program reads that stops at a file with others.
 
-    Those of each pattern are tried beside what it reads of the usual ones.
+    Those of each pattern are tried beside what it reads of the usual ones, then in pairs.
     """
     of_pattern: dict[str | None, list[str]] = {}
     for name in modules:
@@ -485,12 +488,19 @@ def find_readable(
         if base and not base.intersection(names):
             beside = run(lambda name, names=set(names): name in base or name in names)[0]
             read |= {name: beside.get(name, False) for name in names}
+    # diffusers wants the keys and values of Wan's attention to images together.
+    rest = [names for names in of_pattern.values() if not any(read.get(name) for name in names)]
+    for pair in itertools.combinations(rest, 2) if base and len(rest) <= MOST_PAIRED else ():
+        names = {*itertools.chain(*pair)}
+        read |= {n: ok for n, ok in run((base | names).__contains__)[0].items() if ok}
     return {name: read.get(name, False) for name in modules}
 
 
-def add_alphas(open_program: Open, tables: dict[str, Any]) -> None:
+def add_alphas(open_program: Open, tables: dict[str, Any], families: Sequence[str]) -> None:
     """Adds to counts that are there what alphas change, or their absence."""
     for id_, sizes in tables.items():
+        if families and id_ not in families:
+            continue
         family = known_families()[id_]
         for layout, rows in sizes.items():
             read = open_program(family, layout)
@@ -734,7 +744,7 @@ def drop_idle_rows(families: dict[str, Any]) -> dict[str, Any]:
                 if not row
                 or (one := row.removesuffix(loaders.TEXT).removesuffix(loaders.ALPHA)) in own
                 or one in FURTHER
-                or [] in rows.get(one, {}).values()
+                or any(unread != ["*"] for unread in rows.get(one, {}).values())
             }
     return kept
 
@@ -790,7 +800,8 @@ def main() -> None:
             print(id_, flush=True)
             arguments.json.write_text(format_counts(raw), "utf-8")
     elif arguments.alpha:
-        add_alphas(open_program, raw[arguments.program]["families"])
+        tables = raw[arguments.program]["families"]
+        add_alphas(open_program, tables, arguments.families)
     else:
         before = raw.get(arguments.program, {}).get("families", {}) if arguments.families else {}
         facts = raw.setdefault(arguments.program, {})

@@ -7,7 +7,7 @@ from typing import get_args
 import loader_matrix as matrix
 import pytest
 import torch
-from lora_files import adapter_for
+from lora_files import adapter_for, lora_on
 from property_examples import AT_NIGHT
 
 import prolora
@@ -172,3 +172,15 @@ def test_text_encoders_count_where_a_programs_code_tells():
     assert "musubi-tuner" in kohya.part  # which reads no text encoder
     assert "Forge" in readers_of("flux", "diffusers", MODULE, CLIP).whole
     assert "Forge" in readers_of("flux", "diffusers", MODULE, CLIP, T5).part
+
+
+def test_a_table_that_no_program_was_tried_with_is_no_success():
+    """ComfyUI reads 501 of these 502 from names with underscores."""
+    shapes = load_layout("boogu-image").shapes
+    lora = lora_on("boogu-image", "diffusion_model.", shapes)
+    kohya = prolora.convert(lora, format="kohya")
+    found = check(kohya, program="comfyui")
+    assert found.modules == {"transformer": 502}
+    assert str(found).startswith("⚠ ComfyUI was not tried with such a file")
+    without = {key: x for key, x in kohya.state_dict().items() if "image_index" not in key}
+    assert str(check(without, program="comfyui")).startswith("✔")

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from lora_files import pair, relative_error, save
+from lora_files import lora_on, pair, relative_error, save
 
 import prolora
+from prolora.errors import UnsupportedFormat
 
 WIDTH = 80
 
@@ -115,3 +116,32 @@ def test_every_kind_is_read_over_time_and_none_beyond(kind):
     beyond = {k: x[..., None] if x.dim() == 5 else x for k, x in tensors.items()}
     with pytest.raises(prolora.ProLoRAError):
         prolora.convert(beyond, base)
+
+
+TEXT_ATTENTION = [f"blocks.{n}.attn2.to_{p}" for n in range(40) for p in "qkv"]
+ANIMATE = [f"face_adapter.{n}.to_{p}" for n in range(8) for p in ("q", "k", "v", "out")]
+SPEECH = [f"audio_injector.injector.{n}.{p}" for n in range(12) for p in "qkvo"]
+
+
+@pytest.mark.parametrize(
+    ("layout", "further"), [("wan2.2-animate-14b", ANIMATE), ("wan2.2-s2v-14b", SPEECH)]
+)
+def test_comfyui_reads_all_of_animate_and_speech(layout, further):
+    """The counts: bench/results/loaders.json."""
+    made = prolora.convert(
+        lora_on(layout, "transformer.", TEXT_ATTENTION + further), format="comfy"
+    )
+    found = prolora.check(made, program="comfyui")
+    assert found.sizes == (layout,) and str(found).startswith("✔ ComfyUI applies all of it")
+    again = prolora.convert(made, format="comfyui")
+    assert again.state_dict().keys() == made.state_dict().keys()
+
+
+def test_an_untried_module_is_not_called_unread():
+    lora = {
+        "diffusion_model.motion_encoder.enc.net_app.convs.1.conv1.0.lora_A.weight": (2, 32, 3, 3),
+        "diffusion_model.motion_encoder.enc.net_app.convs.1.conv1.0.lora_B.weight": (32, 2, 1, 1),
+    }
+    tensors = {key: torch.ones(shape) for key, shape in lora.items()}
+    with pytest.raises(UnsupportedFormat, match=r"was not tried .* change motion_encoder.*name a"):
+        prolora.convert(tensors | wan_file(), format="comfyui")

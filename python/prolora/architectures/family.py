@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Generic, Literal, NamedTuple, TypeVar
 
 from .layouts import load_patterns
+from .modules import is_linear
 
 Meaning = TypeVar("Meaning")
 
@@ -184,6 +185,18 @@ class Family:
     def find_pattern(self, module: str) -> str | None:
         """Returns the pattern of a canonical module, None if no published size has it."""
         return next((trial for trial, _ in list_trials(module, ".") if trial in self.shapes), None)
+
+    def is_untried(self, module: str) -> bool:
+        """Returns whether no program was tried with a canonical module.
+
+        Programs are tried with layers. A table or an embedding is a parameter of a larger module
+        in some programs, which then look for it under another key.
+        """
+        pattern = str(self.find_pattern(module))
+        tables = [shape for shape in self.find_shapes(module) if len(shape) == 2]
+        return pattern.startswith(self.untried) or any(
+            not is_linear(pattern, shape) for shape in tables
+        )
 
     def find_shapes(self, module: str) -> tuple[tuple[int, ...], ...]:
         """Returns the shapes of a canonical module in the published sizes, of any block."""

@@ -112,7 +112,7 @@ def find_reach(
     """
     names = list(modules)
     denoiser = {name for name in names if family.find_pattern(name)}
-    if any(str(family.find_pattern(name)).startswith(family.untried) for name in denoiser):
+    if any(map(family.is_untried, denoiser)):
         return {}
     patterns = {spelled.get(name) or str(family.find_pattern(name)) for name in denoiser}
     programs, reads, encoders_lost = _look_up(family, row)

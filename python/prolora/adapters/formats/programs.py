@@ -190,6 +190,11 @@ def choose_format(
             for id_, loader in loaders.known_loaders().items()
             if rank_formats(tables, modules, id_)
         ]
+        if alone := [name for name in modules if tables[0].is_untried(name)]:
+            raise UnsupportedFormat(
+                f"{title} was not tried with LoRAs for {titles} that change {alone[0]}; name a "
+                f"format instead: `format='{next(iter(tables[0].spellings))}'`"
+            )
         if program not in loaders.list_programs(tables[0].id):
             raise UnsupportedFormat(
                 f"{title} was not tried with LoRAs for {titles}, and may have no such model; name "

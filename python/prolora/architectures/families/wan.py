@@ -27,7 +27,7 @@ FAMILY = Family(
     id="wan",
     title="Wan",
     experts=True,
-    untried=("face_", "motion_", "audio_", "casual_", "frame_", "cond_encoder", "pose_", "fps_"),
+    untried=("motion_", "face_encoder.conv", "casual_audio_encoder.encoder.conv", "frame_", "fps_"),
     layouts=(
         "wan-t2v-14b",
         "wan2.2-i2v-14b",
