@@ -20,6 +20,7 @@ from .files.hub import keep_path
 from .files.store import digest
 from .moving.base_pair import BasePair
 from .moving.lazy_bases import narrow_base
+from .moving.peft_modules import add_peft_config
 from .reports.outcome import Outcome
 from .verbs.batch import run_each
 from .verbs.option_keywords import resolve_options, takes_options
@@ -50,7 +51,9 @@ def transfer(
 
     Args:
         lora: a .safetensors file, a PEFT folder, an id on the hub, a state dict, (state dict,
-            `peft.LoraConfig`), an `Adapter`, or the `Transfer` that another call returned.
+            `peft.LoraConfig`), an `Adapter`, or the `Transfer` that another call returned. A state
+            dict of PEFT has no alpha: it is taken from a source module that has the adapter, else
+            a warning says that the scale is 1.
         source: the base that the LoRA was trained on: a file, a folder, an id on the hub, a mapping
             name -> tensor (of one that is not a dict, only the modules that the LoRA changes are
             read), an nn.Module or an opened `Base`.
@@ -79,6 +82,7 @@ def transfer(
     """
     options = resolve_options(options, changes)
     options = options if out is None else options.for_file()
+    lora = add_peft_config(lora, source)
     pair = open_pair(narrow_base(source, lora), narrow_base(target, lora))
     way = _choose_way(*pair, options, dry_run)
     return as_dry_run(way.preview(lora)) if dry_run else way.run(lora, out, options.progress)

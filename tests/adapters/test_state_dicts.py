@@ -1,5 +1,8 @@
 """LoRAs in memory: read from state dicts, and written to state dicts."""
 
+import warnings
+from types import SimpleNamespace
+
 import pytest
 import torch
 from lora_files import CONV, LINEAR, adapter_of, dense, same_updates
@@ -49,6 +52,38 @@ def test_a_state_dict_with_its_configuration_is_read_as_the_folder_that_peft_sav
         wanted = model.base_model.model[name].get_delta_weight("default")
         assert torch.allclose(update.dense(), wanted, atol=1e-6)
         assert torch.equal(update.up, saved.updates[name].up)
+
+
+@pytest.mark.parametrize("attached", ["PEFT's model", "its network", "two adapters"])
+def test_a_source_that_holds_the_adapter_gives_its_alpha(attached):
+    peft = pytest.importorskip("peft")
+    net = torch.nn.ModuleDict({"to_q": torch.nn.Linear(8, 6)})
+    configs = [
+        peft.LoraConfig(r=4, lora_alpha=a, target_modules=["to_q"], init_lora_weights=False)
+        for a in (8, 3)
+    ]
+    model = peft.PeftModel(net, configs[0])
+    if attached == "two adapters":
+        model.add_adapter("other", configs[1])
+    state = peft.get_peft_model_state_dict(model)
+    target = {"to_q.weight": net["to_q"].base_layer.weight.detach() + 0.01}
+    source = model.base_model if attached == "its network" else model
+    moved = prolora.transfer(state, source, target, method="copy").adapter
+    wanted = model.base_model.model["to_q"].get_delta_weight("default")
+    assert torch.allclose(moved.updates["to_q"].dense(), wanted, atol=1e-6)
+
+
+def test_a_state_dict_of_peft_without_its_alpha_is_warned_of():
+    start = "base_model.model.to_q"
+    state = {f"{start}.lora_A.weight": torch.ones(2, 4), f"{start}.lora_B.weight": torch.ones(4, 2)}
+    base, other = {"to_q.weight": torch.eye(4)}, {"to_q.weight": 2 * torch.eye(4)}
+    with pytest.warns(UserWarning, match="no alpha, and is read at scale 1"):
+        prolora.transfer(state, base, other, method="copy")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        config = SimpleNamespace(to_dict=lambda: {"peft_type": "LORA", "r": 2, "lora_alpha": 4})
+        moved = prolora.transfer((state, config), base, other, method="copy").adapter
+    assert torch.equal(moved.updates["to_q"].dense(), torch.full((4, 4), 4.0))
 
 
 @pytest.mark.parametrize("wrong", [3, ("a", "b"), ({}, {"r": 4}), ({}, 1), ({}, {}, {})])

@@ -195,3 +195,8 @@ def test_slips_of_the_hand_are_guessed(case):
         prolora.project((up.mT, up), square, square)
     with pytest.raises(UnsupportedTensor, match=r"give its \.weight"):
         prolora.project((up, down), torch.nn.Linear(48, 64), weights[1])
+
+
+def test_a_transposed_convolution_of_a_module_is_left_out():
+    layers = {"to_q": torch.nn.Linear(4, 6), "up": torch.nn.ConvTranspose2d(4, 6, 2)}
+    assert prolora.open_base(torch.nn.ModuleDict(layers)).shapes == {"to_q": (6, 4)}

@@ -271,10 +271,35 @@ def test_a_tensor_that_is_not_read_is_looked_at_too(lora):
 
 def test_a_lora_that_was_never_trained_changes_nothing_unless_it_has_trained_biases(lora):
     change(lora, lambda key, x: x * 0 if "lora_up" in key else x)
-    assert [one.text for one in check(lora, deep=True).defects] == [
-        "This LoRA changes nothing: it is zero."
-    ]
-    assert not check(add_kind(lora, "bias", lambda x: x), deep=True).defects
+    for deep in (False, True):
+        assert [one.text for one in check(lora, deep=deep).defects] == [
+            "This LoRA changes nothing: it is zero."
+        ]
+    assert [one.mark for one in check(load_file(lora)).defects] == ["⚠"]
+    assert not check(add_kind(lora, "bias", lambda x: x)).defects
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+def test_negative_zeros_are_zeros_and_a_late_number_is_none(tmp_path, dtype):
+    up = torch.full((700, 4), -0.0)
+    tensors = {"lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight": torch.ones(4, 5)}
+    for last, texts in ((0.0, ["This LoRA changes nothing: it is zero."]), (1.0, [])):
+        up[-1, -1] = last
+        tensors["lora_unet_down_blocks_0_attentions_0_proj_in.lora_up.weight"] = up.to(dtype)
+        path = save(tmp_path / "lora.safetensors", tensors)
+        assert [one.text for one in check(path).defects] == texts
+
+
+def test_an_update_far_below_the_rounding_of_its_weight_does_not_show(lora):
+    base = {
+        f"down_blocks.{i}.attentions.0.proj_in.weight": random(6, 5, seed=i).bfloat16()
+        for i in range(3)
+    }
+    assert not check(lora, deep=True, base=base).defects
+    change(lora, lambda key, x: x * 1e-7 if "lora_up" in key else x)
+    assert not check(lora, deep=True).defects
+    [faint] = check(lora, deep=True, base=base).defects
+    assert faint.mark == "⚠" and faint.text.startswith("This LoRA does not show: its largest")
 
 
 ALONE = """

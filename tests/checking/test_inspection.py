@@ -15,8 +15,8 @@ def lora_of(model, keep=lambda name: "attn" in name):
     tensors = {}
     for module, (kohya, _, _, (out, inputs, *_)) in keymaps()["unets"][model].items():
         if keep(module):
-            tensors[f"{kohya}.lora_up.weight"] = torch.zeros(out, 1)
-            tensors[f"{kohya}.lora_down.weight"] = torch.zeros(1, inputs)
+            tensors[f"{kohya}.lora_up.weight"] = torch.ones(out, 1)
+            tensors[f"{kohya}.lora_down.weight"] = torch.ones(1, inputs)
     return tensors
 
 

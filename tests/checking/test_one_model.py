@@ -47,7 +47,7 @@ def make_header(family: str, size: str, picks, format: str) -> Lora | None:
         headers[f"{group.path}.{up}.weight"] = (out, 4)
         headers[f"{group.path}.{down}.weight"] = (4, inputs)
     tensors = {key: StoredTensor.of(key, "F16", shape) for key, shape in headers.items()}
-    return Lora("x", tensors, lambda key: torch.zeros(headers[key]), {})
+    return Lora("x", tensors, lambda key: torch.ones(headers[key]), {})
 
 
 def name_case(value: object) -> str:

@@ -97,12 +97,12 @@ def attention_lora(layout, prefix="transformer.", keep=lambda block: True):
 
 def lora_on(layout, prefix, names):
     """A LoRA of rank 1 on the matrices among some modules; takes no memory."""
-    shapes, zero, tensors = load_layout(layout).shapes, torch.zeros(1), {}
+    shapes, one, tensors = load_layout(layout).shapes, torch.ones(1), {}
     for name in names:
         if len(shapes[name]) == 2:
             out, inputs = shapes[name]
-            tensors[f"{prefix}{name}.lora_A.weight"] = zero.expand(1, inputs)
-            tensors[f"{prefix}{name}.lora_B.weight"] = zero.expand(out, 1)
+            tensors[f"{prefix}{name}.lora_A.weight"] = one.expand(1, inputs)
+            tensors[f"{prefix}{name}.lora_B.weight"] = one.expand(out, 1)
     return tensors
 
 

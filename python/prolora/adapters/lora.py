@@ -148,6 +148,12 @@ class Lora:
             return self.file.read_number(key)
         return float(self.read(key).double())
 
+    def is_zero(self, key: str) -> bool:
+        """Returns whether a tensor holds nothing but zeros; reads a file without torch."""
+        if self.file is not None:
+            return self.file.is_zero(key)
+        return not self.read(key).double().any()
+
     def close(self) -> None:
         """Closes the file; reading a tensor opens it again."""
         if self.file:

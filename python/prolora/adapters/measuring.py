@@ -46,6 +46,12 @@ def measure_numbers(contents: Contents, scales: Mapping[str, float], opened: Lor
     return numbers
 
 
+def measure_change(slot: Slot, scale: float, opened: Lora) -> float:
+    """Returns ‖ΔW‖ of an update that does not depend on the base, NaN if a number is."""
+    parts = {role: opened.read(key).double() for role, key in slot.keys.items()}
+    return float(_measure_rows(slot.form.algorithm, parts).norm()) * abs(scale)
+
+
 def _measure_update(slot: Slot, scale: float, opened: Lora, numbers: FileNumbers) -> None:
     name, parts = slot.module.name, {r: opened.read(k).double() for r, k in slot.keys.items()}
     if bad := [slot.keys[role] for role, x in parts.items() if not x.isfinite().all()]:
@@ -53,7 +59,7 @@ def _measure_update(slot: Slot, scale: float, opened: Lora, numbers: FileNumbers
         return
     factors = [x for role, x in parts.items() if role not in forms.NUMBERS | forms.MAGNITUDES]
     if forms.kind_of_roles(parts.keys()) in ("oft", "glora"):
-        numbers.sizes[name] = float(scale != 0 and all(x.any() for x in factors))
+        numbers.sizes[name] = float(scale != 0 and any(x.any() for x in factors))
         return
     rows = scale * _measure_rows(slot.form.algorithm, parts)
     numbers.sizes[name] = float(rows.norm())

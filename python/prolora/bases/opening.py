@@ -55,7 +55,8 @@ def open_base(
             a model on the Hugging Face Hub, `org/name` or `hf://org/name[@revision][/path]`, if
                 `huggingface_hub` is installed; only the files needed are fetched;
             a mapping {name: tensor} or a module, whose tensors are used as they are, numpy's too;
-                on the meta device they allow only a dry run;
+                on the meta device they allow only a dry run. A module's transposed convolutions are
+                left out, as PEFT has no LoRA for them;
             a mapping {name: shape}, or of tensors on the meta device, with `read`;
             a `Base`, which is returned.
         subfolder: the part of the pipeline folder, if not `unet` or `transformer`.
@@ -111,6 +112,8 @@ def _list_parameters(model: torch.nn.Module) -> dict[str, Tensor]:
     Raises:
         UnsupportedFormat: an adapter was merged into the weights, which are not the base's then.
     """
+    if hasattr(model, "peft_config") and hasattr(model, "base_model"):  # a peft.PeftModel
+        model = model.get_submodule("base_model.model")
     attached = [f"{name}." for name, layer in model.named_modules() if hasattr(layer, "base_layer")]
     for name in attached:
         layer = model.get_submodule(name.removesuffix("."))
@@ -119,8 +122,15 @@ def _list_parameters(model: torch.nn.Module) -> dict[str, Tensor]:
                 f"{type(model).__name__}: an adapter is merged into {name.removesuffix('.')}, so "
                 "its weight is not the base model's; unfuse it first (pipe.unfuse_lora())"
             )
+    transposed = {
+        f"{name}.weight"
+        for name, layer in model.named_modules()
+        if isinstance(layer, torch.nn.modules.conv._ConvTransposeNd)
+    }
     parameters: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
+        if name in transposed:
+            continue
         prefix = next((prefix for prefix in attached if name.startswith(prefix)), None)
         if prefix is not None:
             inside = name.removeprefix(prefix)

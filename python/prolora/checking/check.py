@@ -16,6 +16,7 @@ from ..bases.describe import BaseShapes
 from ..bases.keys.other_models import explain_other_model
 from ..errors import InvalidOption, MissingFile, UnsupportedFormat, suggest
 from .check_result import Check
+from .defects import Defect, find_faint
 from .file_facts import check_model, check_tensors, read_base_shapes
 
 if TYPE_CHECKING:  # torch, which takes a second to import, is needed where a base is read
@@ -52,7 +53,8 @@ def check(
         base: as `transfer` takes its bases, of a pipeline with two experts the first; or the id of
             a family ("sdxl") or of a published size ("wan2.2-t2v-a14b").
         program: a program that should read it ("comfyui", "diffusers", "forge", …).
-        deep: read the tensors, too, and look for NaN, zeros, overflows and outliers.
+        deep: read all tensors, too, and look for NaN, overflows and outliers, and with a `base` for
+            updates that are too small to show.
         source: the base that the LoRA was trained on, if `target` is given.
         target: the base that it may move to.
         cache: folder that keeps what is learnt of the two; None keeps nothing.
@@ -107,17 +109,22 @@ class CheckRequest:
                 reason = result.reason or "a whole model; compare a LoRA with it"
                 return replace(result, reason=reason)
             if self.base is not None:
-                result = replace(result, base_match=self._match_base(opened))
+                match, faint = self._match_base(opened)
+                defects = (*result.defects, *filter(None, [faint]))
+                result = replace(result, base_match=match, defects=defects)
             if self.source is not None:
                 result = replace(result, move=self._open_pair(opened).judge_move(opened, progress))
         return result
 
-    def _match_base(self, opened: Lora) -> BaseMatch:
-        """Reports whether a LoRA is for the base or family; of two experts the first decides."""
+    def _match_base(self, opened: Lora) -> tuple[BaseMatch, Defect | None]:
+        """Reports whether a LoRA is for the base or family; of two experts the first decides.
+
+        With `deep` its updates are compared with the base's weights.
+        """
         from ..moving import base_fit
 
         if published := base_fit.find_published(self.base):
-            return base_fit.fit_published(opened, published)
+            return base_fit.fit_published(opened, published), None
         try:
             from ..bases.experts import open_experts
             from ..moving.lazy_bases import narrow_base
@@ -125,10 +132,12 @@ class CheckRequest:
             if error.name != "torch" or not isinstance(self.base, str | os.PathLike):
                 raise
             with Lora.open(self.base) as header:
-                return base_fit.fit_shapes(opened, _read_known_base(header))
+                return base_fit.fit_shapes(opened, _read_known_base(header)), None
         try:
             self.base = experts = open_experts(narrow_base(self.base, opened))
-            return base_fit.fit_shapes(opened, next(iter(experts.values())))
+            base = next(iter(experts.values()))
+            match = base_fit.fit_shapes(opened, base)
+            return match, find_faint(opened, base) if self.deep and match else None
         except MissingFile as error:
             raise type(error)(f"{error}{base_fit.suggest_published(self.base)}") from error
 

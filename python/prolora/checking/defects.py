@@ -7,11 +7,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isclose
 from statistics import median
+from typing import TYPE_CHECKING
 
+from ..adapters.algorithms import forms
 from ..adapters.alphas import Alphas
+from ..adapters.contents import parse_contents, read_scale
+from ..adapters.file_model import BaseNames
 from ..adapters.key_groups import Contents
 from ..adapters.lora import Lora
+from ..files.dtypes import is_floating
 from ..reports.report import Mark
+
+if TYPE_CHECKING:
+    from ..bases import Base
 
 WEAKEST, STRONGEST = 1 / 16, 2.0
 """Trainers write scales alpha / rank between these; others are mostly a lost or a doubled alpha."""
@@ -27,6 +35,13 @@ ZERO_IS_NOTHING = ("comfyui", "a1111", "diffusers")
 
 SCALE_IS_READ = ("sdcpp", "a1111", "sdnext")
 """Programs that read a number called `.scale` in place of alpha / rank."""
+
+FAINTEST = 1e-5
+"""Updates below this share of their weights' norms do not show: it is a four-hundredth of the
+spacing of bfloat16, in which most weights are stored."""
+
+NOTHING = "This LoRA changes nothing: it is zero."
+TRAIN_AGAIN = "download it again, or take a later save of its training"
 
 OUTLIER = 1e4
 """An update larger than so many times its file's median is damaged."""
@@ -50,7 +65,8 @@ def find_defects(contents: Contents, opened: Lora, program: str | None = None) -
     alphas = Alphas.of(contents.slots, opened)
     defects = [_find_unread(contents), _find_lost(alphas), _find_zero(alphas, program)]
     defects.append(_find_scales(contents, opened, program))
-    return [defect for defect in (*defects, _find_odd(alphas)) if defect]
+    defects += [_find_odd(alphas), _find_zeros(contents, opened)]
+    return [defect for defect in defects if defect]
 
 
 def _find_unread(contents: Contents) -> Defect | None:
@@ -103,6 +119,21 @@ def _find_zero(alphas: Alphas, program: str | None) -> Defect | None:
     ranks = {slot.form.rank for slot in alphas.slots}
     fix = f"`convert()` it with `alpha={ranks.pop()}`" if len(ranks) == 1 else ""
     return Defect("✖" if program in ZERO_IS_NOTHING else "⚠", text, fix)
+
+
+def _find_zeros(contents: Contents, opened: Lora) -> Defect | None:
+    """Finds a file without any effect; reads as far as the first update that has one."""
+    used = {key for slot in contents.slots for key in slot.keys.values()}
+    factors = (
+        [key for role, key in slot.keys.items() if role not in forms.NUMBERS | forms.MAGNITUDES]
+        for slot in contents.slots
+    )
+    for slot, keys in zip(contents.slots, factors, strict=True):
+        some = any if slot.form.algorithm in ("oft", "glora") else all
+        if some(not opened.is_zero(key) for key in keys):
+            return None
+    others = (x for x, info in opened.tensors.items() if x not in used and is_floating(info.dtype))
+    return None if not all(map(opened.is_zero, others)) else Defect("⚠", NOTHING, TRAIN_AGAIN)
 
 
 def _find_scales(contents: Contents, opened: Lora, program: str | None) -> Defect | None:
@@ -172,5 +203,25 @@ def find_deep_defects(
         text = f"{what} more than {OUTLIER:.0f} times larger than the others: {huge[0]}."
         defects.append(Defect("⚠", text, "download it again"))
     if numbers.sizes and not (acting or numbers.vectors_act or broken):
-        defects.append(Defect("⚠", "This LoRA changes nothing: it is zero."))
+        defects.append(Defect("⚠", NOTHING, TRAIN_AGAIN))
     return defects
+
+
+def find_faint(opened: Lora, base: Base) -> Defect | None:
+    """Finds a LoRA that is too small to show; reads as far as the first update that is not."""
+    from ..adapters.measuring import measure_change
+
+    largest = 0.0
+    for slot in parse_contents(opened, BaseNames(base.model, base.shapes)).slots:
+        weights = [base.read(name) for name in slot.module.modules if name in base.shapes]
+        if forms.needs_base(slot.keys.keys()) or len(weights) < len(slot.module.modules):
+            return None
+        norm = math.hypot(*(float(weight.double().norm()) for weight in weights))
+        share = measure_change(slot, read_scale(slot, opened), opened) / max(norm, 1e-30)
+        if not share < FAINTEST:
+            return None
+        largest = max(largest, share)
+    if not largest:
+        return None
+    text = f"This LoRA does not show: its largest update is {largest:.1g} of the weight it changes."
+    return Defect("⚠", text, TRAIN_AGAIN)

@@ -74,6 +74,7 @@ def check_tensors(opened: Lora, program: str | None = None, deep: bool = False) 
         return _describe_refused(opened, result, str(error))
     defects = find_defects(contents, opened, program)
     defects += find_deep_defects(contents, scales, opened) if deep else []
+    defects = list(dict.fromkeys(defects))  # both notice a file of zeros
     described = _describe_contents(opened, contents, scales, result, program)
     return replace(described, defects=tuple(defects))
 

@@ -42,7 +42,7 @@ def check(
         typer.Option("--for", metavar="PROGRAM", help="Are they for this program, as comfyui?"),
     ] = None,
     deep: Annotated[
-        bool, typer.Option("--deep", help="Read the numbers, too: NaN, zeros, overflows.")
+        bool, typer.Option("--deep", help="Read all numbers, too: NaN, overflows.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:

@@ -119,7 +119,9 @@ def project(
             LowRank; a pair (up [..., m, r], down [..., r, n]); or the pair of a convolution, (up
             [out, r, 1, …], down [r, in, …]). Arrays are those of torch, numpy, cupy or jax. If r =
             m = n, the order of a pair cannot be checked. Three axes are a stack: flatten the update
-            of a Conv1d to [out, in · k]. The scale of a LoRA is alpha / rank; multiply `up` by it.
+            of a Conv1d to [out, in · k]. A transposed convolution has [in, out, …]: give
+            `delta.transpose(0, 1)`, and the weights likewise. The scale of a LoRA is alpha / rank;
+            multiply `up` by it.
         W_src: the source weight, with delta's shape, or its Basis. For a stack, [m, n] is one
             weight with several updates.
         W_tgt: the target weight, likewise.

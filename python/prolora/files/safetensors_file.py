@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from ..errors import UnsupportedFormat, input_error, join_words
-from .dtypes import CODES, SIZES, find_torch_dtype
+from .dtypes import CODES, SIZES, find_torch_dtype, is_floating
 from .jsontext import LFS_POINTER
 from .shared_file import SharedFile
 from .state import FileState, check_unchanged
@@ -40,6 +40,7 @@ _FIELDS = {"dtype", "shape", "data_offsets"}  # of a tensor in a header
 
 # rar, 7z, gzip and xz, which people download; a zip file is opened.
 _ARCHIVES = (b"Rar!", b"7z\xbc\xaf", b"\x1f\x8b", b"\xfd7zXZ")
+_UNSIGNED = bytes(byte & 0x7F for byte in range(256))
 # Bytes in which a zip file names its first entry.
 _NAME_BYTES = 512
 
@@ -131,6 +132,28 @@ class SafetensorsFile:
         read_stored(self._open(), self, name, self.data_start + info.start, memoryview(raw))
         whole = b"\0\0" + raw if info.stored == "BF16" else raw  # the upper half of a float32
         return float(struct.unpack(f"<{CODES.get(info.stored, 'f')}", whole)[0])
+
+    def is_zero(self, name: str) -> bool:
+        """Returns whether a tensor holds nothing but zeros, without torch.
+
+        Reading stops at the first other number.
+
+        Raises:
+            KeyError: no such tensor.
+            UnsupportedFormat: the file was changed since it was opened, or cannot be read.
+        """
+        info, file, step = self.tensors[name], self._open(), 1 << 12
+        start = info.start
+        while start < info.stop:
+            raw = bytearray(min(step, info.stop - start))
+            read_stored(file, self, name, self.data_start + start, memoryview(raw))
+            if is_floating(info.stored):  # the last byte of a number has its sign: -0.0 is zero
+                size = SIZES[info.stored]
+                raw[size - 1 :: size] = raw[size - 1 :: size].translate(_UNSIGNED)
+            if raw.count(0) < len(raw):
+                return False
+            start, step = start + len(raw), 1 << 20
+        return True
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows [start, stop) along the first axis of `name`; nothing else is read.

@@ -27,6 +27,7 @@ from ..errors import InvalidOption, UnsupportedFormat
 from ..moving.base_check import read_lora
 from ..moving.lazy_bases import narrow_base
 from ..moving.ledger import list_tensors_left_out
+from ..moving.peft_modules import add_peft_config
 from ..reports.lora_report import ENOUGH
 from ..reports.module_report import LEFT_OUT, list_unread_modules
 from ..verbs.block_weights import Blocks, BlockWeights, find_factors, scale_adapter
@@ -108,6 +109,7 @@ def convert(
         OutputError: `out` cannot be written, or is an input.
     """
     options = resolve_options(options, changes)
+    lora = add_peft_config(lora, base)
     model = None if base is None else open_base(narrow_base(base, lora))
     with use_lora(lora) as opened:
         if out is None:
