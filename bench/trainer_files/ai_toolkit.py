@@ -67,6 +67,11 @@ def of_diffusers(layout: str) -> Build:
     return lambda: build_model({**PUBLISHED, **VIDEOS, **UNETS}[layout])
 
 
+def of_values(name: str, **values: int) -> Build:
+    """Makes a class of diffusers with the values of the published configuration."""
+    return lambda: getattr(importlib.import_module("diffusers"), name)(**values)  # type: ignore[no-any-return]
+
+
 def of_own(module: str, name: str, *configs: str) -> Build:
     """Makes ai-toolkit's class; `configs` name its configuration, and a class to give it to."""
 
@@ -265,7 +270,14 @@ MODELS = (
         OWN + "ernie_image",
         "ernie-image",
         "ernie-image",
-        of_own("ernie_image.ernie_image", "ErnieImageTransformer2DModel"),
+        of_values(
+            "ErnieImageTransformer2DModel",
+            hidden_size=4096,
+            num_attention_heads=32,
+            num_layers=36,
+            ffn_hidden_size=12288,
+            text_in_dim=3072,
+        ),
         "ErnieImageTransformer2DModel",
     ),
     Model(
@@ -306,7 +318,12 @@ MODELS = (
         "toolkit.models.cogview4",
         "cogview4",
         "cogview4",
-        lambda: importlib.import_module("diffusers").CogView4Transformer2DModel(),  # type: ignore[no-any-return]
+        of_values(
+            "CogView4Transformer2DModel",
+            num_layers=28,
+            attention_head_dim=128,
+            num_attention_heads=32,
+        ),
         "CogView4Transformer2DModel",
     ),
 )
