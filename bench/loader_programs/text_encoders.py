@@ -83,6 +83,8 @@ def list_weights(layout: str) -> dict[str, tuple[int, ...]]:
                 state = build_encoder(encoder).state_dict()
                 start = f"{NAMES[encoder]}.transformer."
                 weights |= {start + key: tuple(value.shape) for key, value in state.items()}
+                if encoder in CLIP:  # comfy/clip_model.py, CLIPTextModel
+                    weights[f"{start}text_projection.weight"] = (CLIP[encoder][0],) * 2
     return weights
 
 
