@@ -42,6 +42,7 @@ class Cell:
         suffixes: of each module's keys, in the order down, up, alpha if there is one. For example
             (".lora_down.weight", ".lora_up.weight", ".alpha").
         metadata: what the file's header says about the model, for example `ss_base_model_version`.
+        others: the modules whose keys end in `other_suffixes`, if a file has keys of two kinds.
     """
 
     model: str
@@ -52,24 +53,75 @@ class Cell:
     modules: Mapping[str, Shape] = field(default_factory=dict)
     suffixes: tuple[str, ...] = (".lora_down.weight", ".lora_up.weight", ".alpha")
     metadata: Mapping[str, str] = field(default_factory=dict)
+    others: Mapping[str, Shape] = field(default_factory=dict)
+    other_suffixes: tuple[str, ...] = ()
 
     def make_tensors(self, rank: int = RANK) -> dict[str, Tensor]:
         """Returns the tensors of the file, all ones; a small module has a lower rank."""
         tensors = {}
-        for path, (out, *inputs) in self.modules.items():
-            own = min(rank, out, torch.Size(inputs).numel())
-            down = torch.ones(own, *inputs)
-            up = torch.ones(out, own, *([1] * (len(inputs) - 1)))
-            for suffix, tensor in zip(
-                self.suffixes, (down, up, torch.tensor(float(own))), strict=False
-            ):
-                tensors[path + suffix] = tensor
+        for modules, suffixes in (
+            (self.modules, self.suffixes),
+            (self.others, self.other_suffixes),
+        ):
+            for path, (out, *inputs) in modules.items():
+                own = min(rank, out, torch.Size(inputs).numel())
+                down = torch.ones(own, *inputs)
+                up = torch.ones(out, own, *([1] * (len(inputs) - 1)))
+                made = (down, up, torch.tensor(float(own)))
+                for suffix, tensor in zip(suffixes, made, strict=False):
+                    tensors[path + suffix] = tensor
         return tensors
+
+
+KINDS = (
+    (".lora_A.weight", ".lora_B.weight", ".alpha"),
+    (".lora_A.weight", ".lora_B.weight"),
+    (".lora_down.weight", ".lora_up.weight", ".alpha"),
+    (".lora.down.weight", ".lora.up.weight", ".alpha"),
+    (".lora.down.weight", ".lora.up.weight"),
+    ("_lora.down.weight", "_lora.up.weight"),
+    (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"),
+)
+"""The suffixes of keys, in the order down, up, alpha."""
+
+
+def find_fields(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Returns the fields of a `Cell` that describe the keys of a file.
+
+    Raises:
+        ValueError: its keys are of no kind in `KINDS`, or of more than two.
+    """
+    if not state:
+        raise ValueError("the file would have no keys")
+    rest = dict(state)
+    kinds: list[tuple[dict[str, Shape], tuple[str, ...]]] = []
+    for suffixes in KINDS:
+        down, up = suffixes[:2]
+        paths = [key.removesuffix(down) for key in rest if key.endswith(down)]
+        paths = [path for path in paths if all(path + end in rest for end in suffixes)]
+        modules = {path: (len(rest[path + up]), *rest[path + down].shape[1:]) for path in paths}
+        if modules:
+            kinds.append((modules, suffixes))
+        for path in paths:
+            for end in suffixes:
+                del rest[path + end]
+    if rest or not 0 < len(kinds) < 3:
+        raise ValueError(f"unexpected keys: {sorted(rest)[:5]}")
+    fields: dict[str, Any] = {"modules": kinds[0][0], "suffixes": kinds[0][1]}
+    if len(kinds) == 2:
+        fields |= {"others": kinds[1][0], "other_suffixes": kinds[1][1]}
+    return fields
 
 
 def write_cells(trainer: str, version: str, cells: Iterable[Cell]) -> None:
     """Stores the cells of a trainer, in place of those that were there."""
-    rows = [asdict(cell) | {"modules": fold_modules(cell.modules)} for cell in cells]
+    rows = [
+        asdict(cell) | {"modules": fold_modules(cell.modules), "others": fold_modules(cell.others)}
+        for cell in cells
+    ]
+    for row in rows:
+        if not row["others"]:
+            del row["others"], row["other_suffixes"]
     lines = ",\n".join(
         "  " + json.dumps(row, ensure_ascii=False, separators=(",", ":")) for row in rows
     )
@@ -83,7 +135,10 @@ def read_cells(trainer: str) -> tuple[str, list[Cell]]:
     stored = json.loads((RESULTS / f"{trainer}.json").read_text("utf-8"))
     cells = []
     for row in stored["cells"]:
-        row |= {"modules": unfold_modules(row["modules"]), "suffixes": tuple(row["suffixes"])}
+        for field_ in ("modules", "others"):
+            row[field_] = unfold_modules(row.get(field_, ()))
+        for field_ in ("suffixes", "other_suffixes"):
+            row[field_] = tuple(row.get(field_, ()))
         cells.append(Cell(**row))
     return stored["version"], cells
 
