@@ -30,6 +30,8 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,7 +65,6 @@ from prolora.architectures.layouts import UNUSED, load_layout
 from prolora.architectures.modules import (
     TEXT_ENCODERS,
     find_block,
-    find_component,
     is_in_text_encoder,
     is_linear,
 )
@@ -106,6 +107,8 @@ PREFIXES = (
     "net.",
     "model.",
     "pipe.dit.",
+    "diffusion_model.core.",
+    "transformer.core.",
     "",
     "lora_unet_",
     "lora_unet__",
@@ -132,7 +135,7 @@ EVERYONES = [f"{one.prefix}|{one.names}" for one in SPELLINGS]
 """Rows that every program is tried with."""
 MOST_PAIRED = 16
 """Patterns that are tried in pairs, where a program stops at each alone."""
-MOST_LISTED = 48
+MOST_LISTED = 64
 """Patterns of modules that the table lists; of a program that leaves more it says "in part"."""
 NOT_TRIED = ("fps_projection.",)
 """What SkyReels-V2 has beside Wan's blocks, which LoRAs leave alone."""
@@ -144,6 +147,7 @@ TEXT_MODULES = {
         f"{_LAYER}.self_attn.q_proj": (m, m),
         f"{_LAYER}.self_attn.out_proj": (m, m),  # by which diffusers tells kohya's files
         f"{_LAYER}.mlp.fc1": (n, m),
+        "text_projection": (m, m),
     }
     for name, (m, n) in (("clip-l", _CLIP_L), ("clip-bigg", _CLIP_G), ("clip-h", _CLIP_H))
 } | {
@@ -161,10 +165,11 @@ TEXT_MODULES = {
 UNET_FORMATS = ("comfy", "kohya", "diffusers", "peft")
 
 
-def linear_shapes(layout: str) -> dict[str, tuple[int, int]]:
-    """The matrices of a published size."""
-    shapes = load_layout(layout).shapes.items()
-    return {name: (shape[0], shape[1]) for name, shape in shapes if len(shape) == 2}
+def linear_shapes(layout: str) -> dict[str, tuple[int, ...]]:
+    """The matrices of a published size, and a UNet's convolutions."""
+    shapes = load_layout(layout).shapes
+    axes = (2, 4) if any(name.startswith("down_blocks.") for name in shapes) else (2,)
+    return {name: shape for name, shape in shapes.items() if len(shape) in axes}
 
 
 def select_blocks(names: list[str]) -> list[str]:
@@ -189,13 +194,14 @@ def list_layouts(family: Family) -> list[str]:
 
 
 @cache
-def list_linear(id_: str, layout: str) -> dict[str, tuple[int, int]]:
+def list_linear(id_: str, layout: str) -> dict[str, tuple[int, ...]]:
     """The linear layers outside blocks and in the first two and the last block of every stack."""
     family, shapes = loaded_families()[id_], linear_shapes(layout)
     shapes = {
         name: shape
         for name, shape in shapes.items()
-        if is_linear(name, shape) and not name.startswith((*UNUSED, *NOT_TRIED))
+        if (is_linear(name, shape) or len(shape) == 4)
+        and not name.startswith((*UNUSED, *NOT_TRIED))
     }
     if family.unet or id_ in WHOLE:
         return shapes
@@ -205,12 +211,13 @@ def list_linear(id_: str, layout: str) -> dict[str, tuple[int, int]]:
 
 def make_adapter(family: Family, layout: str, keep: Keep) -> Adapter:
     """A LoRA of rank 1."""
+    shapes = {n: s for n, s in list_linear(family.id, layout).items() if keep(n)}
     updates = {
-        name: LowRank(number_rows(m), torch.ones(1, n))
-        for name, (m, n) in list_linear(family.id, layout).items()
-        if keep(name)
+        name: LowRank(number_rows(m), torch.ones(1, torch.Size(inputs).numel()))
+        for name, (m, *inputs) in shapes.items()
     }
-    return Adapter(updates, origin=Model.of(family.id))
+    kernels = {name: shape[2:] for name, shape in shapes.items() if len(shape) > 2}
+    return Adapter(updates, kernels, origin=Model.of(family.id))
 
 
 def make_text_adapter(family: Family, layout: str) -> Adapter:
@@ -231,31 +238,114 @@ def measure_text(
     adapter = make_text_adapter(family, layout)
     found: dict[str, bool] = {}
     try:
-        tensors, keys = encode(adapter, row[1], row[2])
+        tensors, keys = encode_row(adapter, family, row)
         taken = read(dict(tensors), keys) & tensors.keys()
     except UnsupportedFormat:
         return {}  # a PEFT folder has one model
     except PROGRAM_ERRORS:
         tensors, taken = {}, set()
+        plain = make_adapter(family, layout, set(load_layout(layout).adapted).__contains__)
+        with suppress(*PROGRAM_ERRORS):  # without encoders
+            read(*encode_row(plain, family, row))
+            found[loaders.STOPS] = False
     for name in filter(is_in_text_encoder, adapter.updates):
-        component = find_component(name)
+        component = loaders.name_encoder(name)
         whole = bool(tensors) and set(keys[name]) <= taken
         found[component] = found.get(component, True) and whole
     return found
 
 
+def add_text(open_program: Open, tables: dict[str, Any], families: Collection[str]) -> None:
+    """Counts anew what a program reads of text encoders."""
+    for id_ in families or tables:
+        family = known_families()[id_]
+        for layout, rows in tables[id_].items():
+            if layout and (read := open_program(family, layout)):
+                for row in list_rows(family):
+                    if text := measure_text(family, layout, read, row):
+                        rows[row[0]]["text"] = text
+        print(id_, flush=True)
+
+
 def list_rows(family: Family) -> list[tuple[str, str, Spelling | None]]:
     """(row of the table, format, spelling) of the files of a family."""
     if family.unet:
-        return [(format, format, None) for format in UNET_FORMATS]
-    rows = []
+        rows = [(format, format, None) for format in UNET_FORMATS]
+        others = list_others(family)
+        return rows + [
+            (row, row.partition(",")[0], None) for row in others if row not in UNET_FORMATS
+        ]
+    rows: list[tuple[str, str, Spelling | None]] = []
     for spelling in dict.fromkeys((*SPELLINGS, *family.spellings.values())):
         if spelling.names == "authors" and not family.authors:
             continue
         format = "diffusers" if spelling.dotted else "kohya"
         format = "comfy" if spelling.prefix == "diffusion_model." else format
         rows.append((loaders.name_row(family, format, spelling), format, spelling))
+        if spelling.dotted:
+            row = loaders.name_row(family, format, spelling, other=DOWN)
+            rows.append((row, format, spelling))
     return rows
+
+
+ENDS = {"lora.down": ("lora.down", "lora.up"), "lora_down": ("lora_down", "lora_up")}
+OTHERS = [
+    ("kohya", loaders.OtherKeys("diffusers")),
+    ("kohya", loaders.OtherKeys("authors")),
+    ("kohya", loaders.OtherKeys("diffusers", "lycoris_")),
+    ("kohya", loaders.OtherKeys("authors", "lycoris_")),
+    ("kohya", loaders.OtherKeys(ends="lora.down")),
+    ("kohya", loaders.OtherKeys("diffusers", ends="lora.down")),
+    ("diffusers", loaders.OtherKeys("diffusers", "")),
+    ("diffusers", loaders.OtherKeys("authors", "")),
+    ("diffusers", loaders.OtherKeys(ends="lora.down")),
+    ("diffusers", loaders.OtherKeys(ends="_lora.down")),
+    ("diffusers", loaders.OtherKeys(ends="lora_down")),
+    ("comfy", loaders.OtherKeys(ends="lora_down")),
+]
+"""Format and keys of the files of UNets that no format of prolora's writes."""
+DOWN = loaders.OtherKeys(ends="lora_down")
+"""What is unusual in other models' files, where prefixes have dots."""
+
+
+def list_others(family: Family) -> dict[str, loaders.OtherKeys]:
+    """Row -> keys that no format of prolora's writes."""
+    if family.unet:
+        return {
+            loaders.name_row(family, format, None, other=other): other
+            for format, other in OTHERS
+            if format in family.spellings
+        }
+    spellings = dict.fromkeys((*SPELLINGS, *family.spellings.values()))
+    return {loaders.name_row(family, "", one, other=DOWN): DOWN for one in spellings if one.dotted}
+
+
+def respell(other: loaders.OtherKeys, adapter: Adapter, format: str, keys: Keys) -> Keys:
+    """The keys of each module of the denoiser; `keys` has the usual ones."""
+    named = encode(adapter, "comfy", None)[1] if other.names == "authors" else keys
+    return {
+        name: [respell_key(other, name, named[name][0], format, key) for key in of]
+        for name, of in keys.items()
+        if not is_in_text_encoder(name) or other == DOWN
+    }
+
+
+def respell_key(other: loaders.OtherKeys, name: str, path: str, format: str, key: str) -> str:
+    """The key in place of `key`; `path` is a key of the module that has the wanted names."""
+    own, _, end = key.removesuffix(".weight").rpartition(".")
+    if other.names:
+        own = name
+        if other.names == "authors":
+            own = path.removesuffix(".weight").rpartition(".")[0].removeprefix("diffusion_model.")
+        own = own.replace(".", "_") if format == "kohya" else own
+        own = ("lora_unet_" if other.prefix is None else other.prefix) + own
+    if other.ends == "_lora.down":
+        own, number = re.subn(r"\.(to_(?:q|k|v|out))(?:\.0)?$", r".processor.\1", own)
+        return f"{own}{'_' if number else '.'}lora.{'up' if end == 'lora_B' else 'down'}.weight"
+    if other.ends and end != "alpha":
+        joint = "_" if format == "kohya" and other.ends == "lora.down" else "."
+        return f"{own}{joint}{ENDS[other.ends]['up' in end or end == 'lora_B']}.weight"
+    return f"{own}.{end}" if end == "alpha" else f"{own}.{end}.weight"
 
 
 def encode(
@@ -266,7 +356,7 @@ def encode(
     `swapped` leaves out alphas in a format that has them, and adds them in others.
     """
     model = adapter.model._replace(spelling=spelling)
-    adapter = Adapter(adapter.updates, origin=model, format=format)
+    adapter = replace(adapter, origin=model, format=format)
     tensors = encode_adapter(adapter, format, torch.float32)
     if swapped:
         plain = {key: x for key, x in tensors.items() if not key.endswith(".alpha")}
@@ -280,6 +370,39 @@ def encode(
     groups = lay_out(adapter, format).groups
     keys = {name: by_path[group.path] for group in groups for name in group.parts}
     return tensors, keys
+
+
+def encode_row(
+    adapter: Adapter, family: Family, row: tuple[str, str, Spelling | None], swapped: bool = False
+) -> tuple[dict[str, Tensor], Keys]:
+    """The tensors of a file with the keys of a row, and which of them each module has."""
+    name, format, spelling = row
+    tensors, keys = encode(adapter, format, spelling, swapped)
+    other = list_others(family).get(name)
+    if other is None:
+        return tensors, keys
+    named = respell(other, adapter, format, keys)
+    new = {old: key for name, of in named.items() for old, key in zip(keys[name], of, strict=True)}
+    return {new.get(key, key): tensor for key, tensor in tensors.items()}, keys | named
+
+
+def add_others(open_program: Open, tables: dict[str, Any], families: Collection[str]) -> None:
+    """Adds the counts of rows that are not there, and what alphas change in them."""
+    for id_ in families or tables:
+        family = known_families()[id_]
+        for layout, rows in tables[id_].items():
+            for row in [one for one in rows if "," in one and one not in list_others(family)]:
+                del rows[row]
+            read = open_program(family, layout) if layout else None
+            for row in list_rows(family) if read else ():
+                if row[0] in rows or not (found := measure(family, layout, read, row)):
+                    continue
+                found |= {"text": text} if (text := measure_text(family, layout, read, row)) else {}
+                rows[row[0]] = found
+                swapped = measure(family, layout, read, row, swapped=True) or {}
+                if any(swapped.get(key) != found.get(key) for key in ("unread", "stops")):
+                    found["alpha"] = swapped
+        print(id_, flush=True)
 
 
 class VariantFile(NamedTuple):
@@ -431,11 +554,10 @@ def measure(
 ) -> dict[str, object] | None:
     """Counts of keys and the patterns of modules that are not read whole."""
     usual = set(load_layout(layout).adapted)
-    _, format, spelling = row
 
     def run(keep: Keep) -> tuple[dict[str, bool], int, int]:
         adapter = make_adapter(family, layout, keep)
-        tensors, keys = encode(adapter, format, spelling, swapped)
+        tensors, keys = encode_row(adapter, family, row, swapped)
         try:
             taken = read(dict(tensors), keys) & tensors.keys()
         except PROGRAM_ERRORS as error:
@@ -453,7 +575,8 @@ def measure(
         return None  # the format has no names for the family
     common = run(lambda name: name in usual)
     modules, stops = everything[0], False
-    if not any(modules.values()):
+    # A UNet's patterns are all its modules: too many to try each.
+    if not any(modules.values()) and not (family.unet and row[0] in list_others(family)):
         modules = find_readable(family, run, usual, modules)
         stops = any(modules.values())
     unread = sorted({str(family.find_pattern(name)) for name, ok in modules.items() if not ok})
@@ -506,8 +629,6 @@ def add_alphas(open_program: Open, tables: dict[str, Any], families: Sequence[st
             read = open_program(family, layout)
             for row in list_rows(family) if read else ():
                 before = rows.get(row[0], {"unread": ["*"]})
-                if before["unread"] == ["*"]:
-                    continue
                 found = measure(family, layout, read, row, swapped=True)
                 if any(found.get(key) != before.get(key) for key in ("unread", "stops")):
                     before["alpha"] = found
@@ -708,18 +829,31 @@ def make_table(raw: Mapping[str, Any]) -> dict[str, Any]:
                 if unread is None:
                     unread = ["?"]
                 elif len(unread) > MOST_LISTED:
-                    unread = ["!"] if "!" in unread else None
-                if unread != ["*"] or row in FURTHER or row.endswith(loaders.ALPHA):
+                    unread = ["!"] if "!" in unread else shorten(unread, id_)
+                if unread != ["*"] or row in FURTHER or "," in row or row.endswith(loaders.ALPHA):
                     of.setdefault(row, {})[program] = unread
-                text = [
-                    counts[row]["text"]
-                    for counts in sizes.values()
-                    if "text" in counts.get(row, {})
-                ]
-                if text:
-                    lost = {one for encoders in text for one, ok in encoders.items() if not ok}
-                    of.setdefault(row + loaders.TEXT, {})[program] = sorted(lost)
+                read: dict[str, bool] = {}
+                for counts in sizes.values():
+                    for one, ok in counts.get(row, {}).get("text", {}).items():
+                        read[one] = read.get(one, True) and ok
+                if read:
+                    of.setdefault(row + loaders.TEXT, {})[program] = dict(sorted(read.items()))
     return {"programs": programs, "rows": EVERYONES, "families": drop_idle_rows(families)}
+
+
+def shorten(unread: Collection[str], id_: str) -> list[str] | None:
+    """Joins the patterns of a UNet that end alike, if none of them is read: "*.attn1.to_q".
+
+    None if more than `MOST_LISTED` remain.
+    """
+    family = loaded_families()[id_]
+    listed = {p for one in family.layouts for p in map(family.find_pattern, list_linear(id_, one))}
+    alike: dict[str, set[str]] = {}
+    for pattern in {*unread, *filter(None, listed)}:
+        alike.setdefault(re.sub(r"^.*\.\d+\.(?=[a-z])", "*.", pattern), set()).add(pattern)
+    whole = {end: of for end, of in alike.items() if end.startswith("*.") and of <= {*unread}}
+    rest = sorted({*whole, *unread}.difference(*whole.values()))
+    return rest if len(rest) <= MOST_LISTED else None
 
 
 def split_groups(families: Mapping[str, Sizes]) -> Iterator[tuple[str, Sizes]]:
@@ -774,6 +908,8 @@ def main() -> None:
     parser.add_argument("--version", default="", help="what the program calls this version")
     parser.add_argument("--families", nargs="*", default=[])
     parser.add_argument("--alpha", action="store_true", help="add what alphas change")
+    parser.add_argument("--text", action="store_true", help="count text encoders anew")
+    parser.add_argument("--others", action="store_true", help="count rows that are new")
     parser.add_argument("--further", action="store_true", help="add what trainers alone write")
     parser.add_argument("--files", type=Path, help="what docs/make_conformance.py wrote")
     parser.add_argument("--json", type=Path, default=RESULTS)
@@ -799,6 +935,10 @@ def main() -> None:
         for id_ in add_further_to(open_program, tables, arguments.families):
             print(id_, flush=True)
             arguments.json.write_text(format_counts(raw), "utf-8")
+    elif arguments.text:
+        add_text(open_program, raw[arguments.program]["families"], arguments.families)
+    elif arguments.others:
+        add_others(open_program, raw[arguments.program]["families"], arguments.families)
     elif arguments.alpha:
         tables = raw[arguments.program]["families"]
         add_alphas(open_program, tables, arguments.families)

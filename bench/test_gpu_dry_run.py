@@ -71,7 +71,7 @@ def test_all_steps_run_dry_and_are_not_run_again(tmp_path, capfd, in_this_proces
 
 
 @pytest.mark.slow
-def test_all_four_calls_run_dry_with_the_programs_that_they_start(tmp_path, capfd):
+def test_all_five_calls_run_dry_with_the_programs_that_they_start(tmp_path, capfd):
     check_all_calls(tmp_path, capfd)
 
 

@@ -1,10 +1,11 @@
 """What a program reads of trainers' files, compared with what `prolora check --for` says.
 
     python bench/trainer_verdicts.py PROGRAM CHECKOUT [--version V]
+    python bench/trainer_verdicts.py again
 
 The files have the names that trainers write (bench/results/trainers). PROGRAM's own code in the
 folder CHECKOUT reads each of them, and what `prolora convert --for PROGRAM` makes of it. The counts
-go into bench/results/trainer_verdicts.json.
+go into bench/results/trainer_verdicts.json. "again" asks `prolora check` alone, for the same files.
 """
 
 from __future__ import annotations
@@ -46,11 +47,15 @@ def compare_files(open_program: Open, program: str) -> Iterator[dict[str, Any]]:
             if read is None:
                 continue
             source = Lora.open(cell.make_tensors(rank=1), dict(cell.metadata))
-            result = check(source, program=program)
+            try:
+                result = check(source, program=program)
+            except UnsupportedFormat as error:
+                print(stored.stem, cell.model, "refused:", error, flush=True)
+                continue
             count, modules = count_read(source, read)
             row = {"trainer": stored.stem, "model": cell.model, "layout": cell.layout}
             row |= {"modules": modules, "read": count, "verdict": classify(result)}
-            row["skips"] = sum((result.skipped or {}).values())
+            row["skips"] = count_skips(result)
             try:
                 written = convert(source, format=program, dtype="float32").state_dict()
                 opened = Lora.open(written, source.metadata)
@@ -75,12 +80,13 @@ def count_read(source: Lora, read: Read) -> tuple[int, int]:
 def classify(result: Check) -> str:
     """Returns the verdict of `check`: "whole", "part", "none", "ambiguous" or "not tried".
 
+    "warned": the program applies all that prolora understands of it, and that is not the whole.
     "ambiguous": the program applies all of it as one of the models that the names fit.
     """
     title, readers = result.program, result.readers
     sure = [reader for reader in readers.whole if reader not in readers.untried]
     if title in sure:
-        return "whole"
+        return "warned" if result.left_out else "whole"
     if title in readers.part:
         return "part"
     if any(reader.startswith(f"{title} (as ") for reader in sure):
@@ -88,14 +94,39 @@ def classify(result: Check) -> str:
     return "none" if title in readers.none else "not tried"
 
 
+def count_skips(result: Check) -> int | None:
+    """Returns the number of updates that `check` counts as skipped; None if it has no number."""
+    return None if result.skipped is None else sum(result.skipped.values())
+
+
+def judge_again(stored: dict[str, Any]) -> None:
+    """Replaces the verdicts of files whose modules were counted before."""
+    files = {
+        (file.stem, cell.model): cell
+        for file in trainer_files.RESULTS.glob("*.json")
+        for cell in trainer_files.read_cells(file.stem)[1]
+    }
+    for program, facts in stored.items():
+        for row in facts["files"]:
+            cell = files[row["trainer"], row["model"]]
+            source = Lora.open(cell.make_tensors(rank=1), dict(cell.metadata))
+            result = check(source, program=program)
+            row |= {"verdict": classify(result), "skips": count_skips(result)}
+
+
 def main() -> None:
     """Runs one program and stores its rows."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("program", choices=PROGRAMS)
-    parser.add_argument("checkout", type=Path)
+    parser.add_argument("program", choices=[*PROGRAMS, "again"], help="again: verdicts alone")
+    parser.add_argument("checkout", type=Path, nargs="?")
     parser.add_argument("--version", default="", help="the program's own name of this version")
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
+    stored = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else {}
+    if arguments.program == "again":
+        judge_again(stored)
+        RESULTS.write_text(format_counts(stored), "utf-8")
+        return
     sys.argv = sys.argv[:1]
     open_program = PROGRAMS[arguments.program].open(arguments.checkout.resolve())
     rows = []

@@ -44,7 +44,9 @@ def test_stored_keys_of_trainers_can_be_read(monkeypatch):
     for file in trainer_files.RESULTS.glob("*.json"):
         for cell in trainer_files.read_cells(file.stem)[1]:
             assert (cell.how == "not obtainable") == (not cell.modules), cell.model
-            assert len(cell.make_tensors()) == len(cell.modules) * len(cell.suffixes)
+            count = len(cell.modules) * len(cell.suffixes)
+            count += len(cell.others) * len(cell.other_suffixes)
+            assert len(cell.make_tensors()) == count
             assert trainer_files.unfold_modules(trainer_files.fold_modules(cell.modules)) == {
                 **cell.modules
             }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from prolora.architectures.family import Family
@@ -87,14 +88,19 @@ def open_program(checkout: Path) -> Open:
         encoders = dict(zip(TEXT_ENCODERS, load_layout(layout).text_encoders, strict=False))
 
         def read_texts(state: dict[str, Tensor]) -> set[str]:
-            """The modules of text encoders that get factors, in models of one layer."""
+            """The modules of text encoders that get factors."""
             found = set()
             for component in {*pipeline._lora_loadable_modules} & {*encoders}:
                 if any(key.startswith(f"{component}.") for key in state):
-                    encoder = build_encoder(encoders[component], layers=1)
+                    with torch.device("meta"):
+                        encoder = build_encoder(encoders[component])
                     encoder = getattr(encoder, "text_model", encoder)
                     pipeline.load_lora_into_text_encoder(
-                        state, None, text_encoder=encoder, prefix=component
+                        state,
+                        None,
+                        text_encoder=encoder,
+                        prefix=component,
+                        low_cpu_mem_usage=True,
                     )
                     outer = "text_model." if "clip" in encoders[component] else ""
                     found |= {

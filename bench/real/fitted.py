@@ -1,7 +1,5 @@
 """Fits a terrain LoRA to the two running models: ``python bench/real/fitted.py DATA LORA -o FILE``.
 
-Without -o it is measured what a copy reaches.
-
 No heightfield is read. Both models draw their own terrain in one step from noise, as the package
 does, and are asked about it under fresh noise of the study's σ.
 """

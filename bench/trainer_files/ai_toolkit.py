@@ -338,7 +338,9 @@ def list_cells(checkout: Path) -> Iterator[Cell]:
 
 def make_cell(model: Model) -> Cell:
     """Makes the network as BaseSDTrainProcess.py does, and the keys as it saves them."""
-    fields = {"model": model.name, "family": model.family, "layout": model.layout}
+    several = sum(one.name == model.name for one in MODELS) > 1
+    name = f"{model.name}, {model.layout}" if several else model.name
+    fields = {"model": name, "family": model.family, "layout": model.layout}
     code = importlib.import_module(model.module or "toolkit.stable_diffusion_model")
     cls: Any = getattr(code, model.name if model.module else "StableDiffusion")
     wrapper = cls.__new__(cls)  # its __init__ would load the weights

@@ -207,6 +207,11 @@ def _explain_length(path: object) -> str:
     return ""
 
 
+def is_disk_full(error: OutputError) -> bool:
+    """Returns whether an output was not written for lack of room."""
+    return getattr(error.__cause__, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+
+
 def output_error(
     path: str | os.PathLike[str], error: OSError | ValueError, what: str = "cannot be written"
 ) -> OutputError:

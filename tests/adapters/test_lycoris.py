@@ -7,6 +7,7 @@ import pytest
 import torch
 from diagonal import pair_up
 from lora_files import random, relative_error, save, tiny_unet
+from spectra import planted
 from torch import nn
 
 import prolora
@@ -309,6 +310,48 @@ def test_a_difference_has_its_rank_whatever_rounding_to_its_dtype_added(shape, d
     assert 1 - kept == pytest.approx(noise**2, rel=0.1, abs=1e-7)
 
 
+@pytest.mark.parametrize("size", [40, 300], ids=["all singular values", "the leading ones"])
+def test_a_weak_column_of_a_difference_is_kept_or_counted(size):
+    for weak in (1e-4, 3e-3):
+        delta, _, _ = planted(size, size + 20, torch.tensor([1.0, weak]))
+        tensors = {f"{STEM}.diff": delta.float()}
+        whole = prolora.convert(tensors).adapter
+        assert whole.updates[LINEAR].rank == 2 and whole.kept_energy == {}
+        assert relative_error(whole.updates[LINEAR].dense().double(), delta) < 1e-6
+    cut = prolora.convert(tensors, out_rank=1)
+    assert cut.adapter.updates[LINEAR].rank == 1
+    assert 1 - cut.report.share_held == pytest.approx(weak**2, rel=0.05)
+
+
+FAR_APART = planted(48, 36, torch.tensor([1.0, 2e-6]))[0].float()
+LEFT, RIGHT, MIXED_UP = (torch.linalg.qr(random(m, 3, seed=m))[0] for m in (48, 36, 3))
+STEEP_A = LEFT * torch.tensor([1.0, 2e-6, 1e-8]) @ MIXED_UP
+STEEP_B = MIXED_UP.mT @ RIGHT.mT
+CUT = {
+    "lokr": ({"lokr_w1": torch.ones(1, 1), "lokr_w2": FAR_APART}, FAR_APART.double()),
+    "loha": (
+        {
+            **{"hada_w1_a": STEEP_A, "hada_w1_b": STEEP_B},
+            **{"hada_w2_a": torch.ones(48, 1), "hada_w2_b": torch.ones(1, 36)},
+        },
+        STEEP_A.double() @ STEEP_B.double(),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", CUT)
+def test_a_cut_is_exact_down_to_two_millionths(kind):
+    """Squares of σ tell only the first five digits of σ₂ = 2e-6 σ₁."""
+    parts, delta = CUT[kind]
+    tensors = {f"{STEM}.{role}": part.contiguous() for role, part in parts.items()}
+    update = prolora.convert(tensors, out_rank=2, dtype="float32").adapter.updates[LINEAR]
+    u, s, vt = torch.linalg.svd(delta, full_matrices=False)
+    assert update.rank == 2
+    for i in range(2):
+        found = update.up[:, i, None].double() @ update.down[None, i].double()
+        assert relative_error(found, s[i] * u[:, i, None] @ vt[None, i]) < 2e-6
+
+
 def test_what_has_too_high_a_rank_is_cut_to_the_stated_energy_and_says_what_it_kept(monkeypatch):
     monkeypatch.setattr(truncation, "MAX_RANK", 8)
     left, right = (torch.linalg.qr(random(m, 24, seed=m))[0] for m in (40, 32))
@@ -331,6 +374,15 @@ def test_two_kinds_on_one_module_are_refused(extra):
     parts = {"lora_up.weight": (48, 2), "lora_down.weight": (2, 36)} | extra
     with pytest.raises(UnsupportedFormat, match=STEM):
         prolora.convert({f"{STEM}.{role}": torch.ones(shape) for role, shape in parts.items()})
+
+
+def test_two_kinds_of_magnitudes_are_refused():
+    """PEFT's `lora_magnitude_vector` and LyCORIS' `dora_scale` may belong to different axes."""
+    parts = {"lora_up.weight": (48, 2), "lora_down.weight": (2, 36), "dora_scale": (48, 1)}
+    parts["lora_magnitude_vector"] = (48,)
+    tensors = {f"{STEM}.{role}": torch.ones(shape) for role, shape in parts.items()}
+    with pytest.raises(UnsupportedFormat, match=r"\.lora_magnitude_vector does not go with"):
+        prolora.convert(tensors, {LINEAR: layer(LINEAR).weight.detach()})
 
 
 def test_a_boft_is_refused_by_name():

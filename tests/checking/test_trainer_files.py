@@ -27,8 +27,17 @@ FALSE_ALARMS = {
     # The pipeline for text-to-video stops at the modules that only image-to-video models have.
     ("diffusers", "Wan 2.1 i2v-14B"),
     ("diffusers", "Wan 2.1 flf2v-14B"),
+    ("diffusers", "musubi-tuner: Wan 2.1 i2v-14B"),
+    ("diffusers", "musubi-tuner: Wan 2.1 flf2v-14B"),
     # diffusers stops at aliases outside the blocks, which this file does not contain.
     ("diffusers", "HunyuanVideo, converted by convert_lora.py"),
+}
+MISCOUNTED = {
+    # OneTrainer numbers FLUX's T5 as the second encoder, and sd-scripts as the third.
+    ("sd-scripts", "FLUX_DEV_1, KOHYA_LORA with text encoders"),
+    ("sd-scripts", "FLUX_DEV_1, LEGACY_LORA with text encoders"),
+    # Its UNet has `lora_unet_…_lora.down`: sd-scripts reads neither that nor the text encoder.
+    ("sd-scripts", "train_dreambooth_lora_sd15_advanced sd15, with text encoders, for ComfyUI"),
 }
 HUNYUAN_VIDEO = ", converted by convert_lora.py"
 HUNYUAN_15 = ", converted by convert_hunyuan_video_1_5_lora_to_comfy.py"
@@ -53,7 +62,7 @@ def name_case(case):
 
 def test_no_verdict_is_a_false_success():
     whole = [row for _, row in ROWS if row["verdict"] == "whole"]
-    assert len(whole) > 100
+    assert len(whole) > 500
     for row in whole:
         assert row["read"] == row["modules"], row
 
@@ -64,18 +73,18 @@ def test_false_alarms_are_the_known_ones():
 
 
 def test_skipped_count_matches_the_program():
-    parts = [row for _, row in ROWS if row["verdict"] == "part"]
-    assert len(parts) == 12
-    for row in parts:
-        assert row["modules"] - row["skips"] == row["read"], row
+    parts = [(p, row) for p, row in ROWS if row["verdict"] == "part" and row["skips"] is not None]
+    assert len(parts) > 80
+    wrong = {(p, r["model"]) for p, r in parts if r["modules"] - r["skips"] != r["read"]}
+    assert wrong == MISCOUNTED
 
 
-@pytest.mark.parametrize("case", ROWS if AT_NIGHT else ROWS[::7], ids=name_case)
+@pytest.mark.parametrize("case", ROWS if AT_NIGHT else ROWS[::16], ids=name_case)
 def test_stored_verdicts_are_those_of_check(case):
     program, row = case
     result = check(open_file(row["trainer"], row["model"]), program=program)
     assert trainer_verdicts.classify(result) == row["verdict"]
-    assert sum((result.skipped or {}).values()) == row["skips"]
+    assert trainer_verdicts.count_skips(result) == row["skips"]
     assert sum(result.modules.values()) == row["modules"]
 
 
@@ -185,3 +194,110 @@ def test_chroma_lora_with_t5_can_be_converted():
     written = prolora.convert(lora, format="sd-scripts").state_dict()
     assert len(written) == len(lora.tensors) == 3 * 396
     assert any(key.startswith("lora_te3_") for key in written)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "model", "program", "mark", "headline"),
+    [
+        (
+            "onetrainer",
+            "STABLE_DIFFUSION_15, DIFFUSERS_LORA",
+            "comfyui",
+            "⚠",
+            "ComfyUI applies 154 of 282 updates, and skips 128",
+        ),
+        (
+            "diffusers_scripts",
+            "train_text_to_image_lora sd15",
+            "comfyui",
+            "✖",
+            "ComfyUI reads nothing of it; `convert()` it",
+        ),
+        (
+            "diffusers_scripts",
+            "train_dreambooth_lora_sdxl sdxl, for ComfyUI",
+            "sd-scripts",
+            "✖",
+            "sd-scripts reads nothing of it; `convert()` it",
+        ),
+        (
+            "onetrainer",
+            "FLUX_2 klein 4B, LEGACY_LORA",
+            "diffusers",
+            "✖",
+            "diffusers reads nothing of it; `convert()` it",
+        ),
+        (
+            "simpletuner",
+            "anima anima, diffusers",
+            "comfyui",
+            "✖",
+            "ComfyUI reads nothing of it; `convert()` it",
+        ),
+    ],
+)
+def test_spelling_of_each_trainer_is_judged_by_itself(trainer, model, program, mark, headline):
+    lora = open_file(trainer, model)
+    result = check(lora, program=program)
+    assert (result.mark, result.headline.startswith(headline)) == (mark, True), result.headline
+    written = prolora.convert(lora, format=program, dtype="float32")
+    assert check(written.state_dict(), program=program).mark == "✔"
+
+
+@pytest.mark.parametrize("end", ["", " with text encoders"])
+@pytest.mark.parametrize("form", ["KOHYA_LORA", "DIFFUSERS_LORA", "LEGACY_LORA"])
+def test_stable_cascade_is_of_no_known_family(form, end):
+    result = check(open_file("onetrainer", f"STABLE_CASCADE_1 3.6B, {form}{end}"))
+    assert result.mark == "✖"
+    assert result.headline.startswith(
+        "it is a LoRA for Stable Cascade, of no family that prolora knows; "
+    )
+
+
+@pytest.mark.parametrize("model", ["NucleusImageModel", "PRXPixelT2IModel"])
+def test_unknown_families_say_so(model):
+    result = check(open_file("ai_toolkit", model), program="comfyui")
+    assert result.headline.startswith("ComfyUI was not tried with a model of no known family")
+
+
+def test_lora_of_an_unknown_size_is_not_a_language_models():
+    """ERNIE-Image with the 24 layers of 3072 that diffusers' class has by default."""
+    names = [
+        f"transformer.layers.{i}.{name}"
+        for i in range(24)
+        for name in ("self_attention.to_q", "mlp.gate_proj")
+    ]
+    result = check(
+        {
+            f"{name}.lora_{factor}.weight": torch.ones(shape)
+            for name in names
+            for factor, shape in (("A", (1, 3072)), ("B", (3072, 1)))
+        }
+    )
+    assert result.mark == "⚠" and result.named == ("ernie-image",)
+    assert "language model" not in result.headline
+
+
+def test_hidream_o1_is_known_with_the_prefix_of_its_model():
+    names = [f"model.language_model.layers.{i}.self_attn.q_proj" for i in range(36)]
+    result = check(
+        {
+            f"{name}.lora_{factor}.weight": torch.ones(shape)
+            for name in names
+            for factor, shape in (("A", (1, 4096)), ("B", (4096, 1)))
+        }
+    )
+    assert result.families == ("hidream-o1",)
+
+
+def test_attention_processors_of_old_diffusers_are_read_by_comfyui():
+    """`attn1.processor.to_k_lora.down.weight`, of which ComfyUI reads all 128 updates."""
+    plain = open_file("diffusers_scripts", "train_text_to_image_lora sd15")
+    tensors = {}
+    for key in plain.tensors:
+        path, _, end = key.partition(".lora.")
+        attention, _, name = path.removesuffix(".0").rpartition(".")
+        tensors[f"{attention}.processor.{name}_lora.{end}"] = plain.read(key)
+    assert len(tensors) == 256
+    result = check(tensors, program="comfyui")
+    assert result.headline == "ComfyUI applies all of it"

@@ -232,7 +232,7 @@ def test_deviations_of_random_subspaces_are_standard_normal():
 
 
 def test_bases_without_common_blocks_and_damaged_weights_are_refused(source):
-    with pytest.raises(UnsupportedFormat, match="no transformer blocks of the same kind"):
+    with pytest.raises(UnsupportedFormat, match=r"different widths\. Only `fit"):
         match_blocks(source, open_base({"transformer_blocks.0.attn.to_q": torch.ones(8, 8)}))
     weights = weights_of("pruned")
     name = "up_blocks.0.attentions.2.transformer_blocks.1.attn1.to_k"

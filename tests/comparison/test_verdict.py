@@ -100,6 +100,40 @@ def test_relatives_of_the_mini_family_are_a_go(target):
     assert 0 < done.report.totals["energy_surviving"] <= 1
 
 
+def turn(source, cosine, seed=9):
+    """A weight of the source's norm, and of that cosine with it."""
+    other = weights(*source.shape, seed=seed).double()
+    source = source.double()
+    other -= (other * source).sum() / source.square().sum() * source
+    other *= source.norm() / other.norm()
+    return cosine * source + (1 - cosine**2) ** 0.5 * other
+
+
+@pytest.mark.parametrize(("cosine", "related"), [(0.25, False), (0.6, False), (0.75, True)])
+def test_models_below_a_cosine_of_seven_tenths_are_unrelated(cosine, related):
+    source = weights(16, 24, seed=1)
+    target = turn(source, cosine)
+    verdict = judge_pairs([Affinity.of(source, target)])
+    assert verdict.related is related and verdict.cosine == pytest.approx(cosine)
+    assert verdict.drift == pytest.approx((2 - 2 * cosine) ** 0.5)
+    assert ("nothing in common" in verdict.sentence()) is not related
+    update = torch.ones(16, 2), torch.ones(2, 24)
+    if related:
+        moved = prolora.project(update, source, target, method="auto")
+        assert torch.equal(moved.dense(), torch.full((16, 24), 2.0))
+    else:
+        with pytest.raises(prolora.errors.UnrelatedBases):
+            prolora.project(update, source, target, method="auto")
+
+
+@pytest.mark.parametrize(("cosine", "whole"), [(0.25, 1.0), (0.35, (3 + 0.35) / 4)])
+def test_a_pair_below_three_tenths_is_no_part_of_the_cosine(cosine, whole):
+    """Beside three equal pairs of its norm."""
+    source = weights(16, 24, seed=1).double()
+    pairs = [Affinity.of(source, source)] * 3 + [Affinity.of(source, turn(source, cosine))]
+    assert judge_pairs(pairs).cosine == pytest.approx(whole)
+
+
 def make_pairs(strangers, relatives, heavy=1.0):
     """Affinities of pairs with nothing in common, and of equal ones of another energy."""
     strange = [

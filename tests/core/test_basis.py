@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from property_examples import examples
 from spectra import planted, power_law, sine, weights
 
-from prolora import truncated_svd
+from prolora import project, truncated_svd
 from prolora.core.svd import bounds
 from prolora.core.svd.cut import make_even_cut
 from prolora.errors import NonFiniteWeights, ShapeMismatch
@@ -36,6 +36,23 @@ def test_a_spectrum_the_gram_matrix_cannot_resolve_goes_down_the_ladder():
     weight = planted(32, 32, 10.0 ** -torch.linspace(0, 10, 32, dtype=torch.float64))[0]
     assert truncated_svd(weight, 4).solver == "gram-f64"
     assert truncated_svd(weight, 24).solver == "svd-f64"
+
+
+@pytest.mark.parametrize(("last", "solver"), [(1e-4, "gram-f64"), (1e-6, "svd-f64")])
+def test_a_weak_last_column_is_as_exact_as_the_first(last, solver):
+    """Of the Gram matrix, σ² = 1e-12 would have 4 digits."""
+    weight, u, v = planted(24, 32, torch.tensor([1.0, last], dtype=torch.float64))
+    basis = truncated_svd(weight, 2)
+    assert basis.solver == solver and int(basis.rank) == 2 and basis.ok
+    torch.testing.assert_close(basis.S, torch.tensor([1.0, last]).double(), rtol=1e-7, atol=0)
+    for found, exact in ((basis.U, u), (basis.V, v)):
+        assert sine(exact, found) <= min(float(basis.bound), 1e-7)
+    delta = torch.linspace(-1, 1, 24 * 32).double().reshape(24, 32)
+    inside = u @ u.mT @ delta @ v @ v.mT
+    outside = delta - u @ u.mT @ delta
+    outside = outside - outside @ v @ v.mT
+    moved = project(delta, weight, weight, rank=2)
+    assert (moved - inside - outside).norm() < 1e-7 * delta.norm()
 
 
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 10_000), st.floats(0, 3))

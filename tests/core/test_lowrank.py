@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from property_examples import examples
-from spectra import randn, random_update
+from spectra import planted, randn, random_update
 
 from prolora import LowRank, truncated_svd
 from prolora.core import recompression
@@ -32,6 +32,13 @@ def test_truncation_is_eckart_young():
     share = float((s[:3] ** 2).sum() / (s**2).sum())
     assert update.truncate(energy=share - 1e-9).rank == 3
     assert update.truncate(energy=share + 1e-9).rank == 4
+
+
+def test_all_of_the_energy_needs_no_column_of_rounding():
+    weight = planted(30, 20, torch.tensor([1.0, 0.5, 1e-7]))[0]
+    cut = LowRank(weight, torch.eye(20).double()).truncate(energy=1.0)
+    assert cut.rank == 2
+    torch.testing.assert_close(cut.dense(), weight, rtol=0, atol=1.1e-7)
 
 
 def test_a_stack_is_truncated_like_its_members():

@@ -61,6 +61,31 @@ def test_zeros_and_columns_that_repeat_have_the_overlap_of_what_they_span():
     assert found.left[0, 2] == 0 and found.products[2].abs().sum() == 0
 
 
+def test_joined_factors_have_the_columns_they_span():
+    """Two LoRAs with one `up` but for its rounding to float32: third and fourth σ are 1e-8."""
+    a, b = update(20, 14, 2, 0), update(20, 14, 3, 1)
+    other = update(20, 14, 2, 2).down
+    joined = LowRank(torch.cat([a.up, 0.3 * a.up], 1), torch.cat([a.down, other]))
+    plain = LowRank(a.up, a.down + 0.3 * other)
+    found, wanted = measure_overlap([joined, b]), measure_overlap([plain, b])
+    for side in ("left", "right"):
+        phi = float(getattr(wanted, side)[0, 1])
+        assert float(getattr(found, side)[0, 1]) == pytest.approx(phi, rel=1e-5)
+    for one in (joined, joined.to(torch.float64)):
+        cut = one.truncate(energy=1.0)
+        assert cut.rank == 2
+        assert (dense(cut) - dense(plain)).norm() < 1e-6 * dense(plain).norm()
+
+
+def test_sum_is_exact_where_its_parts_cancel():
+    """The columns are cut in float64: in float32 rounding of the large parts would stay."""
+    large, small = update(4, 5, 4, 0), update(4, 5, 1, 1)
+    small = LowRank(1e-4 * small.up, small.down)
+    whole = sum_updates([large, small, LowRank(-large.up, large.down)])
+    assert whole.rank == 4
+    assert (dense(whole) - dense(small)).norm() < 1e-6 * dense(small).norm()
+
+
 @pytest.mark.parametrize("what", [merge_updates, measure_overlap])
 def test_updates_of_two_shapes_are_refused(what):
     with pytest.raises(ShapeMismatch, match="one shape"):

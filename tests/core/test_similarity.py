@@ -36,6 +36,18 @@ def test_similarity_equals_the_dense_formula():
         similarity(source, target.T, rank=2)
 
 
+def test_wider_of_two_bases_sets_the_chance_level():
+    source, target = weights(40, 60, seed=0), weights(40, 60, seed=1)
+    narrow, wide = truncated_svd(source, 2), truncated_svd(target, 8)
+    for pair in ((narrow, wide), (wide, narrow)):
+        found = similarity(*pair, rank=5)  # of a Basis, which has its own rank
+        assert (found.chance_left, found.chance_right) == (8 / 40, 8 / 60)
+        shared = (narrow.U.mT @ wide.U).double().square().sum()
+        assert found.left == pytest.approx(float(shared) / 2, abs=1e-6)
+    inside = similarity(narrow, truncated_svd(source, 8), rank=5)
+    assert inside.left == pytest.approx(1, abs=1e-6) == inside.above_left
+
+
 def test_unrelated_weights_score_the_chance_level():
     stack = [torch.stack([weights(64, 64, seed=s + d) for s in range(8)]) for d in (0, 100)]
     found = similarity(*stack, rank=16)
@@ -57,7 +69,17 @@ def test_similarity_and_account_print_their_main_numbers():
         f"Similarity(left {overlap.left:.2f}, right {overlap.right:.2f}, by chance 0.25 and 0.17)"
     )
     _, info = project(source, source, target, return_info=True)
-    assert repr(info).startswith("ProjectionInfo(energy kept ") and len(repr(info)) < 90
+    assert repr(info).startswith("ProjectionInfo([24, 36], energy kept ") and len(repr(info)) < 100
+    assert info.shape == (24, 36)
+
+
+def test_account_says_how_three_axes_were_read():
+    """They are a stack: of the update of a Conv1d [16, 8, 3] no [16, 24] is made."""
+    delta, source, target = (torch.randn(16, 8, 3) for _ in range(3))
+    _, info = project(delta, source, target, return_info=True)
+    assert info.shape == (8, 3) and repr(info).startswith("ProjectionInfo(16 × [8, 3], ")
+    flat, info = project(*(x.flatten(1) for x in (delta, source, target)), return_info=True)
+    assert info.shape == flat.shape == (16, 24)
 
 
 def orthonormal(b, m, k, seed=0):

@@ -54,6 +54,17 @@ def test_an_output_that_does_not_fit_leaves_the_old_one(disk: Path) -> None:
     assert sorted(os.listdir(disk)) == ["ballast", "x.json", "x.safetensors"]
 
 
+def test_cache_gives_its_room_to_the_result(disk: Path, tmp_path: Path) -> None:
+    """The disk has room for one of them."""
+    lora, source, target = write_case(tmp_path)
+    cache = disk / "cache"
+    report = prolora.transfer(
+        lora, source, target, method="prolora", cache=cache, out=disk / "out.safetensors"
+    ).report
+    assert 3 * report.totals["mapped"] == len(load_file(disk / "out.safetensors"))
+    assert not [*cache.glob("bases/*")]
+
+
 def test_a_lora_that_does_not_fit_stops_no_other(disk: Path, tmp_path: Path) -> None:
     lora, source, target = write_case(tmp_path)
     big, small = tmp_path / "big.safetensors", tmp_path / "small.safetensors"

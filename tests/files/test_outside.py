@@ -25,7 +25,7 @@ ALLOWED = {
     "reports/page/render.py": "a table of the package",
     "cli/commands.py": "docstrings of the package",
     "bases/memory.py": "the system's word on this process",
-    "fitting/pictures.py": "a picture that `open_regular` opened",
+    "fitting/picture_files.py": "a picture that `open_regular` opened",
 }
 
 

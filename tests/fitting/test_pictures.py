@@ -204,6 +204,90 @@ def test_pixels_of_a_model_without_vae_are_those_that_its_pipeline_draws(icons):
     assert torch.allclose(side.space.encode(side.space.decode(latent)), latent, atol=1e-6)
 
 
+@pytest.fixture
+def four(tmp_path):
+    """Four grey pictures of 8 bits with captions."""
+    for i in range(4):
+        Image.new("L", (32, 32), 40 * i).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text(f"grey {i}")
+    return tmp_path
+
+
+def plan(folder):
+    """Reads a folder as `fit` does before it loads a model; returns captions and warnings."""
+    found = pictures.open_pictures(FitOptions(pictures=folder))
+    return {file.name: caption for file, caption in found.captions.items()}, found.warnings
+
+
+def test_grey_of_sixteen_bits_is_read_like_eight(tmp_path):
+    """Pillow converts it to white."""
+    values = (torch.arange(32 * 32).reshape(32, 32) * 64).numpy()
+    Image.fromarray(values.astype("uint16")).save(tmp_path / "deep.png")
+    Image.fromarray((values >> 8).astype("uint8")).save(tmp_path / "flat.png")
+    deep, flat = (pictures.read_picture(tmp_path / f"{x}.png", 32, 32) for x in ("deep", "flat"))
+    assert torch.equal(deep, flat) and len(deep.unique()) == 256
+
+
+@pytest.mark.parametrize("kind", ["float32", "int32"])
+def test_values_of_32_bits_are_refused_by_name(four, kind):
+    """Pillow converts them to black or white."""
+    Image.fromarray(torch.rand(32, 32).mul(9).numpy().astype(kind)).save(four / "deep.tiff")
+    (four / "deep.tiff").rename(four / "3.png")
+    with pytest.raises(UnsupportedFormat, match=r"3.png: its values have 32 bits \(mode '[FI]'\)"):
+        plan(four)
+
+
+def test_capital_suffixes_of_captions_and_pictures_count(four):
+    (four / "0.txt").rename(four / "0.TXT")
+    (four / "1.png").rename(four / "1.PNG")
+    (four / "2.png").rename(four / "2.Png")
+    assert plan(four)[0] == {
+        f"{i}.{end}": f"grey {i}" for i, end in enumerate(("png", "PNG", "Png", "png"))
+    }
+
+
+def test_two_captions_of_one_picture_are_refused(four):
+    (four / "0.TXT").write_text("white")
+    with pytest.raises(InvalidOption, match=r"0\.TXT and 0\.txt are captions of one picture"):
+        plan(four)
+
+
+def test_files_of_the_system_do_not_count(four):
+    for name in ("._0.png", ".DS_Store", "Thumbs.db", "desktop.ini"):
+        (four / name).write_bytes(b"\0\5\26\7")
+    captions, warnings = plan(four)
+    assert len(captions) == 4 and not warnings
+
+
+def test_files_that_are_not_used_are_said(icons, four, unopened):
+    (four / "10_cat").mkdir()
+    (four / "4.avif").write_bytes(b"")
+    (four / "notes.md").write_text("")
+    words = (
+        "Not used of the folder of pictures: 10_cat/, 4.avif, notes.md "
+        "(pictures are .png, .jpg, .jpeg, .webp, .bmp in it)."
+    )
+    assert plan(four)[1] == (words,)
+    ends = icons / "loras/neon.safetensors", None, icons / "far"
+    assert words in str(prolora.fit(*ends, pictures=four, dry_run=True).report)
+
+
+def test_folder_with_subfolders_alone_names_one(four):
+    (four / "10_cat").mkdir()
+    for file in four.glob("*.*"):
+        file.rename(four / "10_cat" / file.name)
+    with pytest.raises(InvalidOption, match=r"has 0 .*folders in it are not read \(10_cat\)"):
+        plan(four)
+
+
+def test_picture_of_too_many_pixels_is_refused_by_its_header(four):
+    """One of 1 bit takes 20 kB in the file, and 2.7 GB once it is decoded."""
+    Image.new("1", (13_000, 13_000)).save(four / "3.png")
+    words = r"3\.png: has 13,000 × 13,000 pixels, and more than 50 million are not read"
+    with pytest.raises(UnsupportedFormat, match=words):
+        plan(four)
+
+
 @pytest.mark.slow
 def test_between_models_trained_apart_a_training_starts_from_the_fit(icons, folder, quick):
     lora = icons / "loras/neon.safetensors"

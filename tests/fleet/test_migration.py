@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from fleet_files import results, some_tensors, write_collection
+from fresh import forks, start_fork
 from safetensors.torch import save, save_file
 
 import prolora
@@ -252,3 +253,20 @@ def test_a_lora_that_is_rewritten_while_it_moves_is_refused(collection, tmp_path
     monkeypatch.undo()
     (moved,) = prolora.migrate(lora, source, target, tmp_path / "out", **HOW)
     assert moved.status == "moved" and not list((tmp_path / "out").rglob("*.failed.json"))
+
+
+@forks
+def test_full_disk_stops_a_migration_without_a_note(collection, tmp_path):
+    """A note would blame the LoRA; a note of some hundred bytes would fit below the limit."""
+
+    def fill():
+        import resource
+
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        with pytest.raises(OutputError, match="File too large"):
+            move_one(collection, tmp_path / "out")
+
+    assert os.waitpid(start_fork(fill), 0)[1] == 0
+    assert not [path for path in (tmp_path / "out").rglob("*.json") if ".prolora" not in path.parts]
+    assert move_one(collection, tmp_path / "out").status == "moved"

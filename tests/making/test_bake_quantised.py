@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 
 import gguf
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
+from lora_files import read_header
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -156,6 +158,34 @@ def test_a_layer_of_comfyui_holds_what_comfy_kitchen_makes_of_the_sum(kind, tmp_
     assert report.to_dict()["modules"] == {MODULE: pytest.approx(share, rel=1e-4)}
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="comfy-kitchen is installed on Linux alone")
+def test_input_scales_of_nvfp4_are_part_of_the_sum(tmp_path):
+    """ComfyUI reads W = codes · scales · pre_quant_scale, so the codes hold (W + ΔW) divided."""
+    from comfy_kitchen.tensor import QuantizedTensor
+    from make_quantised import write_note
+
+    weight, layout = make_weight(), "TensorCoreNVFP4Layout"
+    inputs = torch.linspace(0.1, 4, COLUMNS)
+    layer = QuantizedTensor.from_float(weight / inputs, layout)
+    stored = {key: x.clone() for key, x in layer.state_dict(f"{MODULE}.weight").items()}
+    stored |= {f"{MODULE}.pre_quant_scale": inputs}
+    stored |= {f"{MODULE}.comfy_quant": write_note({"format": "nvfp4"})}
+    base, out = tmp_path / "base.safetensors", tmp_path / "out.safetensors"
+    save_file(stored, base)
+    before = layer.dequantize().float() * inputs
+    lora, delta = make_update(0.3 * float(weight.norm()))
+    report = prolora.bake([lora], base, out)
+    expected = QuantizedTensor.from_float((before + delta) / inputs, layout)
+    baked, fresh = load_file(out), stored | expected.state_dict(f"{MODULE}.weight")
+    assert baked.keys() == fresh.keys()
+    assert [key for key, x in baked.items() if not same_bits(x, fresh[key])] == []
+    after = expected.dequantize() * inputs
+    assert (after - before - delta).norm() < 0.1 * (before + delta).norm()
+    assert torch.equal(prolora.open_base(out).read(MODULE), after)
+    share = measure_share(before, after, delta)
+    assert report.to_dict()["modules"] == {MODULE: pytest.approx(share, rel=1e-4)}
+
+
 def make_int8() -> dict[str, Tensor]:
     """A base of one weight, with a scale for each row."""
     return {
@@ -189,6 +219,22 @@ def test_where_comfy_kitchen_cannot_be_imported_the_error_says_what_to_do(
     assert list(tmp_path.iterdir()) == [base]
     prolora.bake([lora], base, out, dtype="float32")  # which no package writes
     torch.testing.assert_close(load_file(out)[f"{MODULE}.weight"], 1 + delta)
+
+
+def test_header_of_plain_numbers_has_no_quantisation(tmp_path):
+    """With the note a reader would look for scales of numbers that have none."""
+    base, out = tmp_path / "base.safetensors", tmp_path / "out.safetensors"
+    note = {"layers": {MODULE: {"format": "int8_tensorwise"}}}
+    stored = make_int8()
+    del stored[f"{MODULE}.comfy_quant"]
+    save_file(stored, base, {"_quantization_metadata": json.dumps(note), "title": "x"})
+    lora, delta = make_update(0.5 * ROWS**0.5)
+    prolora.bake([lora], base, out, dtype="float32")
+    assert read_header(out) == {"title": "x"}
+    assert load_file(out).keys() == {f"{MODULE}.weight"}
+    made = prolora.open_base(out)
+    assert not made.quantised_as
+    torch.testing.assert_close(made.read(MODULE), 1 + delta)
 
 
 def test_a_quantised_state_dict_is_refused_by_name_with_the_way_out():

@@ -90,6 +90,17 @@ def test_what_rounding_leaves_of_the_lora_is_measured_and_told(dtype, scale):
     assert f"Rounding leaves {left:.2%} of that" in done.report.in_words().lines[1]
 
 
+def test_rounding_below_double_precision_counts_as_none():
+    """Of up = (2, 1.4175 · 2⁻²⁶) in bfloat16: Σ squares less twice the product is -1 ulp."""
+    base = {f"{n}.weight": torch.zeros(2, 1) for n in LINEAR}
+    tuned = {key: torch.tensor([[4.0], [2 * 1.4175 * 2.0**-26]]) for key in base}
+    done = prolora.extract(base, tuned, out_rank=1, dtype="bfloat16")
+    assert all(x.up[0].abs() == 2 == x.down[0].abs() for x in done.adapter.updates.values())
+    told = done.report.rounding
+    assert (told.survived, told.error) == (pytest.approx(1), 0)
+    assert "Rounding leaves 100.00%" in done.report.in_words().lines[1]
+
+
 def test_a_share_of_energy_takes_the_fewest_columns():
     base, tuned = make_base(), make_base(1)
     for row in prolora.extract(base, tuned, out_rank=0.7).report.rows("mapped"):

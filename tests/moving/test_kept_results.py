@@ -7,11 +7,12 @@ import shutil
 
 import pytest
 from lora_files import read_header
-from mini import lora_tensors, shapes, source_weights, target_weights
+from mini import lora_tensors, shapes, source_weights, target_weights, write_case
 from safetensors.torch import load_file, save_file
 
 import prolora
-from prolora.errors import OutputExists
+from prolora.bases import leaves
+from prolora.errors import OutputExists, UnsupportedFormat
 from prolora.files.safetensors_file import SafetensorsFile
 
 FEW = list(shapes(3))[:5]
@@ -160,3 +161,75 @@ def test_what_another_version_made_or_another_configuration_asks_for_is_not_kept
     config.write_text(config.read_text().replace('"lora_alpha": 4', '"lora_alpha": 5'))
     with pytest.raises(OutputExists):
         by_out(folder, format="kohya")
+
+
+def test_result_that_another_process_wrote_meanwhile_is_kept(made, tmp_path):
+    files = [made / name for name in ("lora.safetensors", "source", "target")]
+    first, out = tmp_path / "first.safetensors", tmp_path / "out.safetensors"
+    prolora.transfer(*files, out=first)
+
+    def write_meanwhile(done, total, name):
+        if name.startswith("writing"):
+            shutil.copyfile(first, out)
+
+    assert prolora.transfer(*files, out=out, progress=write_meanwhile).report.before
+    assert out.read_bytes() == first.read_bytes()
+    out.unlink()
+    shutil.copyfile(files[0], first)  # something else has the name
+    with pytest.raises(OutputExists):
+        prolora.transfer(*files, out=out, progress=write_meanwhile)
+
+
+def test_old_files_of_a_killed_run_vanish_with_the_next(made, tmp_path):
+    """A PEFT folder that is replaced keeps its old files as `NAME.old` until the new are there."""
+    folder, done = tmp_path / "lora", prolora.convert(made / "lora.safetensors")
+    done.save(folder, format="peft")
+    weights = folder / "adapter_model.safetensors"
+    weights.rename(folder / "adapter_model.safetensors.old")
+    done.save(folder, format="peft", overwrite=True)
+    assert {file.name for file in folder.iterdir()} == {"adapter_config.json", weights.name}
+
+
+def test_base_changed_between_two_reads_is_refused(tmp_path, monkeypatch):
+    """Four bytes in place, the time put back: only a second digest of the tensor shows it."""
+    # As of a file written just now, on a slow machine too.
+    monkeypatch.setattr(leaves, "SETTLING_TIME", 10**18)
+    lora, source, target = write_case(tmp_path)
+    weights, out = next(source.glob("*.safetensors")), tmp_path / "out.safetensors"
+    before, data = weights.stat(), weights.read_bytes()
+
+    def change(done, total, name):
+        if done == total and name.startswith("checking"):  # all were read once, and will be again
+            with open(weights, "r+b") as file:
+                file.seek(SafetensorsFile(weights).locate(f"{FEW[0]}.weight"))
+                file.write(bytes(4))
+            os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+    how = {"out": out, "method": "prolora"}
+    with pytest.raises(UnsupportedFormat, match="was changed while it was in use"):
+        prolora.transfer(lora, source, target, progress=change, **how)
+    assert not out.exists() and weights.read_bytes() != data
+    weights.write_bytes(data)
+    assert not prolora.transfer(lora, source, target, **how).report.before
+    assert prolora.transfer(lora, source, target, **how).report.before
+
+
+@pytest.mark.parametrize("method", ["auto", "best"])
+def test_only_an_own_stale_result_is_replaced_by_its_name(made, tmp_path, method):
+    folder = tmp_path / "copy"
+    shutil.copytree(made, folder)
+
+    def move():
+        ends = [folder / "lora.safetensors"], folder / "source", folder / "target"
+        how = {"naming": lambda lora, digits: digits, "method": method}
+        return prolora.transfer_many(*ends, folder / "digits", **how)[0]
+
+    first = move()
+    whole = first.out.read_bytes()
+    flip(first.out, len(whole) - 1)
+    assert (move().status, first.out.read_bytes()) == ("moved", whole)
+    assert move().status == "already there"
+    shutil.copyfile(folder / "lora.safetensors", first.out)  # somebody's LoRA of that name
+    refused = move()
+    assert isinstance(refused.error, OutputExists)
+    assert first.out.read_bytes() == (folder / "lora.safetensors").read_bytes()

@@ -237,7 +237,7 @@ THREADS = {
     "ComfyUI, Krea 2 with DoKR": ("krea2", "lycoris_", DOKR, FUSED, "⚠", NOT_TRIED),
     "comfyui-lycoris, LoHa": ("z-image", "lycoris_", LOHA, Z_IMAGE, "✔", ALL),
     "SimpleTuner, FLUX.2 LoKr": ("flux2-klein-9b", "lycoris_", LOKR, KLEIN, "✔", ALL),
-    "SimpleTuner, keys broke": ("flux1-dev", TWICE, PEFT, EVERY, "✖", NONE),
+    "SimpleTuner, keys broke": ("flux1-dev", TWICE, PEFT, EVERY, "⚠", NOT_TRIED),
     "ComfyUI, SD 3.5 LyCORIS": ("sd3.5-medium", "lycoris_", LOKR, SD35, "✔", ALL),
     "Wan2GP": ("z-image", "lora_unet_", KOHYA, r"layers.0.attention.to_.*", "✖", NONE),
 }

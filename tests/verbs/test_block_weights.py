@@ -1,12 +1,14 @@
 """Strength by block: what is written is the LoRA with every block times its factor."""
 
+import shutil
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mini import write_case
+from mini import source_weights, write_case
 from property_examples import examples
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import prolora
 from prolora import LowRank
@@ -129,6 +131,8 @@ def test_the_numbers_of_a_transformer_are_of_its_blocks_and_leave_text_encoders_
         ("", "empty item"),
         ("*=0", "leaves no module"),
         ({"IN04": None}, "not a number"),
+        ({"down_blocks.1": True}, "True, which is not a number"),
+        ([True] * 12, "True, which is not a number"),
     ],
 )
 def test_what_fits_no_blocks_is_refused_with_what_there_are(blocks, message):
@@ -205,6 +209,15 @@ def test_trained_biases_follow_their_block():
     assert not none.adapter.vectors and none.report.left_out == {f"{name}.bias": LEFT_OUT}
 
 
+def test_norms_without_an_update_follow_their_block():
+    norm = "down_blocks.1.attentions.0.transformer_blocks.0.norm1.weight"
+    lora = sdxl_lora({norm: torch.ones(8)})
+    half = prolora.convert(lora, blocks="IN04=0.5")
+    assert torch.equal(half.adapter.vectors[norm], torch.full((8,), 0.5))
+    none = prolora.convert(lora, blocks="IN04=0")
+    assert not none.adapter.vectors and none.report.left_out == {norm: LEFT_OUT}
+
+
 def test_the_order_of_names_is_part_of_what_a_result_is_made_of(tmp_path):
     """The last name that fits a module decides, so another order is another result."""
     lora, *bases = write_case(tmp_path)
@@ -213,3 +226,33 @@ def test_the_order_of_names_is_part_of_what_a_result_is_made_of(tmp_path):
         options = {"method": "copy", "blocks": blocks}
         (outcome,) = prolora.transfer_many([lora], *bases, tmp_path / "out", **options)
         assert outcome.kept is kept
+
+
+def test_every_verb_silences_a_bias_with_its_block(tmp_path):
+    """A `diff_b` acts without the matrix of its module, so it must go with it."""
+    lora, source, target = write_case(tmp_path)
+    silent, kept = (f"down_blocks.1.attentions.0.transformer_blocks.{i}.attn1.to_q" for i in (0, 1))
+    tensors = load_file(lora)
+    for name in (silent, kept):
+        tensors[f"lora_unet_{name.replace('.', '_')}.diff_b"] = torch.full((24,), 3.0)
+    save_file(tensors, lora)
+    blocks, other = f"{silent}=0, {kept}=0.5", shutil.copyfile(lora, tmp_path / "b.safetensors")
+    for done, size, gone in (
+        (prolora.convert(lora, blocks=blocks), 1.5, [f"{silent}.bias"]),
+        (prolora.transfer(lora, source, target, blocks=blocks), 1.5, [f"{silent}.bias"]),
+        (
+            prolora.merge([lora, other], blocks=[blocks, blocks]),
+            3.0,
+            [f"{name}: {silent}.bias" for name in ("lora", "b")],
+        ),
+    ):
+        assert silent not in done.adapter.updates and list(done.adapter.vectors) == [f"{kept}.bias"]
+        assert torch.equal(done.adapter.vectors[f"{kept}.bias"], torch.full((24,), size))
+        assert done.report.vectors == 1 and list(done.report.left_out) == gone
+        assert all(reason.endswith(LEFT_OUT) for reason in done.report.left_out.values())
+    weights = {f"{name}.weight": x for name, x in source_weights().items()}
+    weights |= {f"{name}.bias": torch.zeros(24) for name in (silent, kept)}
+    baked = prolora.bake([lora], weights, blocks=[blocks]).tensors
+    changed = [key for key in baked if not torch.equal(baked[key], weights[key])]
+    assert len(changed) == len(weights) - 2 and not any(key.startswith(silent) for key in changed)
+    assert torch.equal(baked[f"{kept}.bias"], torch.full((24,), 1.5))

@@ -14,7 +14,7 @@ from .file_model import BaseNames, choose_codec
 from .formats.peft_config import METADATA_KEY, scaling_from_config, scalings_from_metadata
 from .key_groups import Contents, Slot, group_keys
 from .keys import tensor_keys
-from .keys.codec import most_common_spelling
+from .keys.codec import cut_prefix, most_common_spelling
 from .lora import Lora
 
 _UNET_BLOCKS = ("down_blocks.", "mid_block.", "up_blocks.")
@@ -197,6 +197,13 @@ def _check_together(slots: list[Slot], source: Lora) -> None:
     transformer = [slot for slot in slots if slot.module.spelling and ".0." in slot.module.name]
     if unet and transformer:
         first, other = (next(iter(some[0].keys.values())) for some in (unet, transformer))
+        if why := tensor_keys.explain_other_kind(source.tensors):
+            raise UnsupportedFormat(f"{source.where}: {why}")
+        if len({cut and cut.prefix for cut in map(cut_prefix, (first, other))}) == 1:
+            raise UnsupportedFormat(
+                f"{source.where}: {first} has the name of a UNet's module and {other} that of a "
+                "transformer's. No model that prolora knows has both"
+            )
         raise UnsupportedFormat(
             f"{source.where}: {first} is of a UNet and {other} of a transformer: the file holds "
             "updates of two models; save those of each model by themselves"

@@ -190,9 +190,15 @@ def _refuse_unknown(unknown: list[str], source: Lora) -> None:
         raise _refuse_embedding(source)
     listed = ", ".join(key[:120] for key in unknown[:5])
     more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
-    hint = tensor_keys.explain_other_kind(unknown) or "They belong to no module that prolora knows"
-    count = "1 key is" if len(unknown) == 1 else f"{len(unknown)} keys are"
-    raise UnsupportedFormat(f"{source.where}: {count} not understood: {listed}{more}. {hint}")
+    count, they = "1 key is", "It belongs"
+    if len(unknown) > 1:
+        count, they = f"{len(unknown)} keys are", "They belong"
+    if why := tensor_keys.explain_other_kind(unknown):
+        raise UnsupportedFormat(f"{source.where}: {why}; {count} not understood: {listed}{more}")
+    raise UnsupportedFormat(
+        f"{source.where}: {count} not understood: {listed}{more}. {they} to no module that prolora "
+        "knows"
+    )
 
 
 def _refuse_embedding(source: Lora) -> UnsupportedFormat:

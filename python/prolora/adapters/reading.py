@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..architectures.identify import UNKNOWN, Model
 from ..architectures.modules import TEXT_ENCODERS, find_component
+from ..core.controls import replace_controls
 from ..core.lowrank import LowRank
 from ..core.precision import in_full_precision, is_finite
 from ..errors import NonFiniteWeights, ShapeMismatch, UnsupportedFormat
@@ -98,8 +99,9 @@ def read_adapter(
         if keep_stored and vector.module.matrix is None:
             adapter.stored.append(StoredUpdate(parts, _cut_paths([vector.key]), opened.read))
     if adapter.left_out:
-        first = next(iter(adapter.left_out.items()))
-        log.warning("%s: %d tensors left out: %s: %s", opened.where, len(adapter.left_out), *first)
+        name, reason = next(iter(adapter.left_out.items()))
+        count = f"{len(adapter.left_out)} tensors left out"
+        log.warning("%s", replace_controls(f"{opened.where}: {count}: {name}: {reason}"))
     if not adapter.updates and not adapter.vectors:
         name, reason = next(iter(adapter.left_out.items()))
         raise UnsupportedFormat(f"{opened.where}: nothing of it can be read; {name}: {reason}")

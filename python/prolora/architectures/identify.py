@@ -5,8 +5,10 @@ Names alone rarely decide: `transformer_blocks.0.attn.to_q` is in a dozen famili
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from functools import cache, lru_cache
 from typing import NamedTuple
 
@@ -25,6 +27,9 @@ _ADAPTER = re.compile(
     r"|\.(?:lora_(?:up|down|mid|A|B|magnitude_vector)|dora_scale|(?:hada|lokr)_w\d\w*)(?:\.|$)"
     r"|(?:\.|_)lora\.(?:up|down)\.|\.base_layer\."
 )
+NUM_BLOCKS = "base_num_blocks"
+"""In `ss_network_args`: the blocks of the base, 28 of Anima and 40 of Anima 2.9B, as trainers of
+Anima write it. A LoRA on some blocks alone does not tell them."""
 _NUMBER = re.compile(r"\.\d+(?=\.|$)")
 
 
@@ -103,9 +108,9 @@ def identify(
     A module that no family knows is ignored, unless such modules are the majority; one that some
     family knows must be known to every family of the answer. A family with a published size in
     which every module has its very shape fits; where none fits outside the blocks, the blocks
-    decide. Of sizes that fit, those whose blocks are all present count. What the header claims
-    decides between families that fit equally well, and where there are modules of text encoders
-    alone.
+    decide. Of sizes that fit, those whose blocks are all present count, or those with the number of
+    blocks that the header states (`NUM_BLOCKS`). What the header claims decides between families
+    that fit equally well, and where there are modules of text encoders alone.
 
     Args:
         shapes: canonical module name -> out × in, in·kh·kw of a convolution.
@@ -121,7 +126,7 @@ def identify(
     if not every:
         families = (claimed,) if claimed else ()
         return Model(families, (), claimed, version, encoders, names=families, able=families)
-    model = _recognise(every, claimed)
+    model = _recognise(every, claimed, read_block_count(header))
     return model._replace(claimed=claimed, version=version, encoders=encoders)
 
 
@@ -164,7 +169,7 @@ def identify_names(matrices: Iterable[NamedMatrix]) -> tuple[str, ...]:
 
 
 @lru_cache(maxsize=16)  # the LoRAs of a folder mostly have the same modules
-def _recognise(given: tuple[NamedMatrix, ...], claimed: str | None) -> Model:
+def _recognise(given: tuple[NamedMatrix, ...], claimed: str | None, blocks: int = 0) -> Model:
     """Returns the families, sizes, names and able families of some modules."""
     # Some transformers have a `time_embedding` or `conv_in` too, beside blocks that no UNet has.
     unet = all(find_component(one.name) == "unet" for one in given)
@@ -187,11 +192,20 @@ def _recognise(given: tuple[NamedMatrix, ...], claimed: str | None) -> Model:
         }
     if claimed in exact:
         exact = _prefer_filled({claimed: exact[claimed]}, shapes)
-    exact = _prefer_filled(exact, shapes)
+    stated = {id_: [x for x in of if count_main_blocks(x) == blocks] for id_, of in exact.items()}
+    exact = {id_: of for id_, of in stated.items() if of} or _prefer_filled(exact, shapes)
     exact = {id_: of for id_, of in exact.items() if families[id_].rarer_than not in exact}
     sizes = tuple(size for fitting in exact.values() for size in fitting)
     best = tuple(exact) or _choose_names(shapes, claimed)
     return Model(tuple(exact), sizes, names=best, able=tuple(shapes))
+
+
+def read_block_count(header: Mapping[str, str]) -> int:
+    """Returns the number of blocks of the base that a LoRA was trained on; 0 if unknown."""
+    with suppress(AttributeError, ValueError, RecursionError):  # a header that is damaged
+        number = json.loads(header.get("ss_network_args", "{}")).get(NUM_BLOCKS, 0)
+        return int(number) if str(number).isdecimal() else 0
+    return 0
 
 
 def _choose_names(shapes: Mapping[str, Mapping[str, Size]], claimed: str | None) -> tuple[str, ...]:
@@ -271,6 +285,11 @@ def _prefer_filled(
             if whole and all(numbers == every.get(at) for at, numbers in blocks.items()):
                 filled.setdefault(id_, []).append(layout)
     return filled or exact
+
+
+def count_main_blocks(layout: str) -> int:
+    """Returns the number of blocks in the longest stack of a published size, 40 of Anima 2.9B."""
+    return max(map(len, _count_blocks(layout).values()), default=0)
 
 
 @cache

@@ -6,15 +6,18 @@ each leaves unread, or reads with its rows in another order: patterns of modules
 aliases, numbered parts or fused projections these are patterns of names in the file. An empty list
 is a file read whole, `["*"]` one of which nothing is read. `!` before the patterns: the program
 stops at a file with one of them. `+` before a pattern: the program reads nothing of a file that has
-none of these; for example, ComfyUI recognises a LoRA of Wan Fun by its cross attention. null: it
-leaves more modules than are listed. `?`: how much it leaves is not known.
+none of these; for example, ComfyUI recognises a LoRA of Wan Fun by its cross attention. `*.` stands
+for all numbers and blocks of a UNet: `*.attn1.to_q`. null: it leaves more modules than are listed.
+`?`: how much it leaves is not known.
 
 A program that is missing in a row reads nothing if the row is one that every program was tried
-with: one of `rows`, or of the family's own formats. In any other row it was not tried.
+with: one of `rows`, or of the family's own formats. In any other row it was not tried. A row of a
+UNet is named by its format. `OtherKeys.name` stands behind either where keys are unusual.
 
-A row with `TEXT` behind its name has the text encoders that programs leave unread in such a file;
-for a missing program this is not known. A row with `ALPHA` behind it replaces the one before where
-alphas are not as usual in the format.
+A row with `TEXT` behind its name has the text encoders that programs were tried with in such a
+file, and whether they read them; `text_encoder.text_projection` stands for itself. `STOPS` is there
+if a program reads nothing of a file with text encoders. A row with
+`ALPHA` behind it replaces the one before where alphas are not as usual in the format.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from importlib import resources
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
@@ -35,6 +38,9 @@ Reach = Literal["whole", "part", "none", "stops"]
 TEXT, ALPHA = " + text", " ± alpha"
 """Behind the name of a row: what programs do with text encoders; with alphas where the format has
 none by itself, without them where it has."""
+UNET_ROWS = ("comfy", "kohya", "diffusers", "peft")
+"""The formats of UNets that every program was tried with."""
+STOPS = "!"
 _NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
@@ -46,22 +52,63 @@ class Loader(NamedTuple):
     kinds: Sequence[str] = ()  # of updates that it reads; () if only plain LoRAs were tried
 
 
+class OtherKeys(NamedTuple):
+    """How the keys of a file differ from those that prolora writes in its format.
+
+    Attributes:
+        names: whose names a UNet's modules have, "diffusers" or "authors".
+        prefix: what a UNet's modules have before their names, for example "lycoris_" in place of
+            "lora_unet_"; None for the usual one.
+        ends: of the key with the factor `down`: "lora.down" and, behind `.processor.`,
+            "_lora.down" for diffusers before PEFT, "lora_down" in place of "lora_A"; "" for the
+            usual one.
+    """
+
+    names: str = ""
+    prefix: str | None = None
+    ends: str = ""
+
+    @property
+    def name(self) -> str:
+        """What stands behind the name of a row, for example ", diffusers' names, lora.down"."""
+        prefix = "" if self.prefix is None else f"prefix {self.prefix or 'none'}"
+        names = f"{self.names}' names" if self.names else ""
+        return "".join(f", {part}" for part in (names, prefix, self.ends) if part)
+
+
+USUAL = OtherKeys()
+
+
 @cache
 def known_loaders() -> dict[str, Loader]:
     """Returns id -> program; `format` takes the ids."""
     return {id_: Loader(**facts) for id_, facts in _read_table()["programs"].items()}
 
 
-def name_row(family: Family, format: str, spelling: Spelling | None, swapped: bool = False) -> str:
+def name_row(
+    family: Family,
+    format: str,
+    spelling: Spelling | None,
+    swapped: bool = False,
+    other: OtherKeys = USUAL,
+) -> str:
     """Returns the table's row for a UNet's format or another model's spelling.
 
-    `swapped`: alphas are there in a format without, or missing in one that has them.
+    Args:
+        family: of the LoRA.
+        format: of the file.
+        spelling: of a transformer's modules.
+        swapped: alphas are there in a format without, or missing in one that has them.
+        other: what else is unusual in the format.
     """
     row = format
     if spelling is not None and not family.unet:
         same = spelling.names == "authors" and not family.authors
         row = f"{spelling.prefix}|{'diffusers' if same else spelling.names}"
-    return row + ALPHA * swapped
+    elif family.unet and format in family.spellings:
+        usual = "authors" if format == "comfy" else family.spellings[format].names
+        other = other._replace(names="") if other.names == usual else other
+    return f"{row}{other.name}{ALPHA * swapped}"
 
 
 def list_spellings(family: Family) -> list[Spelling]:
@@ -110,12 +157,11 @@ def find_reach(
         spelled: module -> the pattern of its name in the file, as in `AuthorsWeight.spelled`, where
             that is neither the authors' nor diffusers'.
     """
-    names = list(modules)
-    denoiser = {name for name in names if family.find_pattern(name)}
-    if any(map(family.is_untried, denoiser)):
+    denoiser, encoders, untried = _list_parts(family, tuple(modules))
+    if untried:
         return {}
-    patterns = {spelled.get(name) or str(family.find_pattern(name)) for name in denoiser}
-    programs, reads, encoders_lost = _look_up(family, row)
+    patterns = {spelled.get(name) or pattern for name, pattern in denoiser.items()}
+    programs, reads, encoders_read = _look_up(family, row)
     reach: dict[str, Reach] = {}
     reach |= dict.fromkeys(programs, "none") if _is_tried_by_all(family, row) else {}
     for program, unread in reads.items():
@@ -127,17 +173,18 @@ def find_reach(
             reach[program] = "stops"
         elif unread == ["*"] or not _is_recognised(patterns, unread):
             reach[program] = "none"
-        elif not patterns.intersection(unread):
+        elif not (left := _find_left(patterns, unread)):
             reach[program] = "whole"
         elif "!" in unread:
             reach[program] = "stops"
         else:
-            reach[program] = "none" if patterns <= set(unread) else "part"
-    encoders = {find_component(name) for name in names if is_in_text_encoder(name)}
-    for program, lost in encoders_lost.items() if encoders else ():
-        if program in reach:
+            reach[program] = "none" if patterns <= left else "part"
+    for program, read in encoders_read.items():
+        if program in reach and encoders and STOPS in read:
+            reach[program] = "stops"
+        elif program in reach and encoders & read.keys():
             parts: set[Reach] = {reach[program]} if patterns else set()
-            parts |= {"none" if one in lost else "whole" for one in encoders}
+            parts |= {"whole" if read[one] else "none" for one in encoders & read.keys()}
             reach[program] = parts.pop() if len(parts) == 1 else "part"
     return reach
 
@@ -153,21 +200,27 @@ def count_skipped(
 
     Arguments as for `find_reach`. None where the table does not tell.
     """
-    _, reads, encoders_lost = _look_up(family, row)
-    unread, lost = reads.get(program), encoders_lost.get(program, [])
+    _, reads, encoders_read = _look_up(family, row)
+    unread, read = reads.get(program), encoders_read.get(program, {})
     if program not in reads and _is_tried_by_all(family, row):
         unread = ["*"]
     if unread is None or unread == ["?"]:
         return None
+    modules = list(modules)
     names = [
-        find_component(name)
+        name_encoder(name)
         if is_in_text_encoder(name)
         else spelled.get(name) or family.find_pattern(name) or name
         for name in modules
     ]
     if not _is_recognised(names, unread):
         unread = ["*"]
-    left = (name for name in names if name in unread or name in lost or unread == ["*"])
+    if STOPS in read and any(map(is_in_text_encoder, modules)):
+        unread, read = ["*"], {}
+    gone = _find_left(names, unread)
+    if unread != ["*"] and any(is_in_text_encoder(f"{n}.") and n not in read for n in names):
+        return None
+    left = (n for n in names if n in gone or not read.get(n, unread != ["*"]))
     return dict(Counter(left).most_common())
 
 
@@ -176,20 +229,56 @@ def find_untried(family: Family, row: str, modules: Iterable[str]) -> set[str]:
 
     `row` comes from `name_row`; `modules` are the canonical names that the file updates.
     """
-    programs, _, encoders_lost = _look_up(family, row)
-    return set(programs) - encoders_lost.keys() if any(map(is_in_text_encoder, modules)) else set()
+    programs, _, encoders_read = _look_up(family, row)
+    encoders = {name_encoder(name) for name in modules if is_in_text_encoder(name)}
+    return {
+        one
+        for one in programs
+        if not encoders <= encoders_read.get(one, {}).keys()
+        and STOPS not in encoders_read.get(one, {})
+    }
+
+
+@lru_cache(64)  # every program is asked about the modules of one file
+def _list_parts(
+    family: Family, names: tuple[str, ...]
+) -> tuple[Mapping[str, str], frozenset[str], bool]:
+    """Returns module of the denoiser -> its pattern, and the text encoders among the modules.
+
+    The last is whether one of them is of a kind that no program was tried with.
+    """
+    denoiser = {name: pattern for name in names if (pattern := family.find_pattern(name))}
+    encoders = frozenset(map(name_encoder, filter(is_in_text_encoder, names)))
+    return denoiser, encoders, any(map(family.is_untried, denoiser))
+
+
+def name_encoder(module: str) -> str:
+    """Returns the name of a text encoder in the table, for example "text_encoder_2".
+
+    The projection behind CLIP has its own: some programs read it under other names.
+    """
+    component = find_component(module)
+    alone = f"{component}.text_projection"
+    return alone if module == alone else component
 
 
 def _look_up(family: Family, row: str) -> tuple[Any, Any, Any]:
-    """Returns the programs with such models, and what each leaves of modules and encoders."""
+    """Returns the programs with such models, what each leaves, and the encoders that it reads."""
     rows = _read_table()["families"].get(family.id, {"": []})
     plain = row.removesuffix(ALPHA)
     reads = rows.get(plain, {})
-    if plain != row and not _is_tried_by_all(family, row):
-        # Further rows were counted with the usual alphas alone.
+    if plain != row and "," not in plain and not _is_tried_by_all(family, row):
+        # Rows of further prefixes were counted with the usual alphas alone.
         choosy = {x for one, of in rows.items() if one.endswith(ALPHA) for x in of}
         reads = {program: unread for program, unread in reads.items() if program not in choosy}
     return rows[""], reads | rows.get(row, {}), rows.get(plain + TEXT, {})
+
+
+def _find_left(patterns: Iterable[str], unread: Collection[str]) -> set[str]:
+    """Returns the patterns that are among those a program leaves."""
+    listed = set(unread)
+    ends = tuple(one[1:] for one in unread if one.startswith("*."))
+    return {one for one in patterns if one in listed or one.endswith(ends)}
 
 
 def _is_recognised(patterns: Collection[str], unread: Iterable[str]) -> bool:
@@ -202,7 +291,7 @@ def _is_tried_by_all(family: Family, row: str) -> bool:
     """Returns whether every program that has such models was tried with a row."""
     plain = row.removesuffix(ALPHA)
     own = (name_row(family, format, one) for format, one in family.spellings.items())
-    return family.unet or plain in _read_table()["rows"] or plain in own
+    return plain in (UNET_ROWS if family.unet else {*_read_table()["rows"], *own})
 
 
 @cache

@@ -1,6 +1,6 @@
 """What a module's name and shape say: component, block, kind of layer.
 
-Names are canonical: diffusers', with `text_encoder.`, `text_encoder_2.` or `text_encoder_3.` in
+Names are canonical: diffusers', with `text_encoder.`, `text_encoder_2.` and so on in
 front for text encoders and nothing for the UNet or transformer itself.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
-TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
 TEXT_ENCODER_PREFIXES = tuple(f"{encoder}." for encoder in TEXT_ENCODERS)
 
 UNET_ROOTS = frozenset(

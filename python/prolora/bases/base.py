@@ -35,6 +35,7 @@ class Base:
         path: the file or folder it was opened from, None for a base from memory.
         files: the files it is read from.
         leaves: the same files with digests of their tensors.
+        by_name: whether it was given by its name alone ("anima"), without weights.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Base:
     path: Path | None = None
     files: list[Path] = field(default_factory=list)
     leaves: tuple[Leaves, ...] = ()
+    by_name: bool = False
 
     def __repr__(self) -> str:
         """Returns one line: the name, the number of weights and the layout."""

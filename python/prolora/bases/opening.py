@@ -12,9 +12,19 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from ..architectures.aliases import find_named, list_base_names
+from ..architectures.layouts import load_layout
 from ..architectures.modules import TEXT_ENCODERS
 from ..core.arrays import MatrixLike, to_tensor
-from ..errors import InvalidOption, MissingFile, ShapeMismatch, UnsupportedFormat, describe_missing
+from ..core.validation import check_layout
+from ..errors import (
+    InvalidOption,
+    MissingFile,
+    ShapeMismatch,
+    UnsupportedFormat,
+    describe_missing,
+    suggest,
+)
 from ..files.hub import find_hub_id
 from ..files.safetensors_file import SafetensorsFile
 from .base import Base
@@ -54,6 +64,8 @@ def open_base(
                 network without attention that takes in the time step, keeps its names;
             a model on the Hugging Face Hub, `org/name` or `hf://org/name[@revision][/path]`, if
                 `huggingface_hub` is installed; only the files needed are fetched;
+            the name of a published model ("anima-2.9b", "pony"), which stands for shapes alone: a
+                transfer goes by names then, and compares nothing;
             a mapping {name: tensor} or a module, whose tensors are used as they are, numpy's too;
                 on the meta device they allow only a dry run. A module's transposed convolutions are
                 left out, as PEFT has no LoRA for them;
@@ -151,8 +163,7 @@ def _open_path(source: str | os.PathLike[str], subfolder: str | None) -> Base:
     else:
         id_ = find_hub_id(source)
         if id_ is None:
-            wanted = "file, folder or model of the hub (org/name)"
-            raise MissingFile(describe_missing(source, wanted))
+            return _open_named(os.fspath(source))
         path, name, subfolder = fetch_model(id_, subfolder), id_.name, None
     path = Path(os.path.abspath(path))  # weights are read later, maybe from another working folder
     is_folder = path.is_dir()
@@ -165,6 +176,30 @@ def _open_path(source: str | os.PathLike[str], subfolder: str | None) -> Base:
     leaves += more
     files = [one.file.path for one in leaves]
     return Base(name, *names, path, files or [path], tuple(leaves))
+
+
+def _open_named(name: str) -> Base:
+    """Opens a published model by its name alone: its modules and their shapes, without weights."""
+    named = find_named(name)
+    if named is None:
+        missing = describe_missing(name, "file, folder or model of the hub (org/name)")
+        raise MissingFile(f"{missing}{suggest(name.lower(), list_base_names())}")
+    if len(named.sizes) > 1:
+        raise MissingFile(
+            f"{name}: no such file or folder, and as a name it can be {', '.join(named.sizes)}; "
+            "give one of these, or the model's file"
+        )
+
+    def refuse(key: str) -> MatrixLike:
+        raise UnsupportedFormat(
+            f"{named.title} was given by its name, without weights; give the model's file or folder"
+        )
+
+    weights: dict[str, Weight] = {
+        module: RequestedWeight(module, f"{named.title}:{module}", shape, torch.float32, refuse)
+        for module, shape in load_layout(named.sizes[0]).shapes.items()
+    }
+    return Base(named.title, weights, by_name=True)
 
 
 def _open_text_encoders(pipeline: Path) -> tuple[dict[str, Weight], list[Leaves]]:
@@ -202,6 +237,7 @@ def _list_metadata(files: list[Leaves]) -> list[Mapping[str, str]]:
 def _open_outline(outline: Outline, read: Callable[[str], MatrixLike]) -> Base:
     """Opens a base whose owner returns its weights when they are requested."""
     weights: dict[str, Weight] = {}
+    _check_names(outline, "the base")
     for key, given in outline.items():
         shape = tuple(given.shape if isinstance(given, Tensor) else given)
         if not all(isinstance(size, int) and size > 0 for size in shape):
@@ -211,9 +247,16 @@ def _open_outline(outline: Outline, read: Callable[[str], MatrixLike]) -> Base:
     return Base("the base", *name_weights(weights, "the base", strict=False))
 
 
+def _check_names(given: Mapping[str, object], where: str) -> None:
+    for key in given:
+        if not isinstance(key, str):
+            raise UnsupportedFormat(f"{where}: {key!r:.80} is no name of a weight, which is a text")
+
+
 def _open_tensors(tensors: Mapping[str, MatrixLike], name: str) -> Base:
     """Opens tensors that are in memory already, and takes their names on trust."""
     weights: dict[str, Weight] = {}
+    _check_names(tensors, name)
     for key, array in tensors.items():
         if not hasattr(array, "shape"):
             raise UnsupportedFormat(
@@ -221,6 +264,8 @@ def _open_tensors(tensors: Mapping[str, MatrixLike], name: str) -> Base:
                 "are opened by open_base(names_and_shapes, read=…)"
             )
         where, tensor = f"{name}:{key}", to_tensor(array, f"{name}: {key}").detach()
+        if not tensor.is_complex():  # a table of rotations; a weight is refused by its name
+            check_layout(where, tensor)
         if tensor.is_meta:
             shape = tuple(tensor.shape)
             weights[key] = RequestedWeight(key, where, shape, tensor.dtype, None)

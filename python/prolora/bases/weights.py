@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..core.arrays import MatrixLike, to_tensor
+from ..core.validation import check_layout, check_operand
 from ..errors import ShapeMismatch, UnsupportedFormat
 from ..files.hashing import hash_parts
 from .leaves import Leaves, TensorFile
@@ -150,6 +151,7 @@ class RequestedWeight(UnfiledWeight):
         Raises:
             UnsupportedFormat: it has no values.
             ShapeMismatch: it is of another shape than was promised.
+            UnsupportedTensor: it is sparse, quantised, complex, of integers or on the meta device.
         """
         if self.request is None:
             raise UnsupportedFormat(
@@ -157,10 +159,13 @@ class RequestedWeight(UnfiledWeight):
                 "returns a tensor by its name: open_base(names_and_shapes, read=…)"
             )
         tensor = to_tensor(self.request(self.key), self.name).detach()
+        check_layout(self.name, tensor)
         if tuple(tensor.shape) != self.shape:
             raise ShapeMismatch(
                 f"{self.name}: `read` returned {list(tensor.shape)}, not {list(self.shape)}"
             )
+        if self.dtype.is_floating_point:
+            check_operand(self.name, tensor)
         return tensor.to(self.dtype)
 
 

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..adapters.formats.moves import UNSTATED, Move, StatedBase, describe_moves, explain_other_bases
 from ..adapters.formats.programs import Readers
+from ..architectures.aliases import join_sizes
 from ..architectures.families import find_title, join_titles
 from ..architectures.loaders import known_loaders
+from ..core.controls import replace_controls
 from ..files.sizes import format_size
 from ..reports.report import Mark, Sentence
 from .defects import Defect
@@ -125,8 +127,7 @@ class Check:
     @property
     def _title(self) -> str:
         """What it is for: a published size, or families."""
-        titles = {find_title(size) for size in self.sizes}
-        return join_titles(titles if len(titles) == 1 else map(find_title, self.families))
+        return join_sizes(self.sizes, self.families)
 
     def _judge_place(self) -> tuple[Mark, str]:
         if not self.families:
@@ -182,7 +183,7 @@ class Check:
     def __str__(self) -> str:
         """Writes the mark and the verdict, then the facts, a line each."""
         facts = [f"{n}{' ' if n in '⚠✖' else ': '}{text}".lstrip() for n, text in self.facts()]
-        return "\n".join([f"{self.mark} {self.headline}", *facts])
+        return replace_controls("\n".join([f"{self.mark} {self.headline}", *facts]))
 
     def facts(self) -> list[tuple[str, str]]:
         """Returns what is known of the file, as names and texts."""

@@ -97,7 +97,7 @@ def _describe_contents(
     needs_base = any(forms.needs_base(slot.keys.keys()) for slot in slots)
     foreign = tuple(find_foreign(model, shapes))
     whole_again = not (needs_base or foreign or contents.unread)
-    language = not families and is_language_model(shapes)
+    language = not model.names and is_language_model(shapes)
     by_part = group_by(slots, lambda slot: find_component(slot.module.name))
     return replace(
         result,

@@ -31,7 +31,7 @@ from ..core.validation import DeviceLike, resolve_device
 from ..errors import NonFiniteWeights, UnsupportedFormat
 from ..files.sizes import parse_limit
 from .assignment import monotone_assignment
-from .module_map import AUTO_MATCH, BlockDecision, Match, Matching, are_names_clear
+from .module_map import AUTO_MATCH, ONLY_FIT, BlockDecision, Match, Matching, are_names_clear
 from .transformer_blocks import Block, BlockGroup, group_blocks, list_blocks
 
 # Columns compared: 1/8 of the short side, and no more than that is in SDXL. Drift reaches leading
@@ -87,8 +87,8 @@ def _find_groups(source: Base, target: Base) -> list[BlockGroup]:
     if groups := group_blocks(source, target):
         return groups
     raise UnsupportedFormat(
-        f"{source.name} and {target.name} have no transformer blocks of the same kind and "
-        "shape: there is nothing to match by similarity"
+        f"{source.name} and {target.name} have no blocks of the same kind and shape: these models "
+        f"have different widths. {ONLY_FIT}"
     )
 
 

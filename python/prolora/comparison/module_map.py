@@ -120,6 +120,7 @@ such a mapping, or a `Matching`. Where only weights tell, `block_matching.resolv
 `Matching` of it."""
 
 AUTO_MATCH = "auto"
+ONLY_FIT = "Only `fit()` moves a LoRA between them; it needs both as diffusers folders"
 
 
 class AmbiguousNames(UnsupportedFormat):
@@ -256,8 +257,7 @@ def _refuse_unrelated(source: Base, target: Base) -> NoReturn:
         )
         raise UnsupportedFormat(
             f"{source.name} and {target.name} are different kinds of model ({kinds}), and no block "
-            "of one corresponds to a block of the other. No LoRA moves between them by weights. "
-            "Next: `fit()` carries it over where both can run as whole pipelines"
+            f"of one corresponds to a block of the other. {ONLY_FIT}"
         )
     what = f"{source.name} is {describe_base(source)}, {target.name} is {describe_base(target)}"
     raise AmbiguousNames(

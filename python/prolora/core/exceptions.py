@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from .controls import replace_controls
+
 
 class ProLoRAError(ValueError):
     """Base class of all errors that prolora raises for invalid input.
@@ -16,6 +18,10 @@ class ProLoRAError(ValueError):
 
     code: ClassVar[str] = "refused"
     command: str = ""
+
+    def __str__(self) -> str:
+        """Returns the message, with control characters of names in files spelled out."""
+        return replace_controls(super().__str__())
 
     def to_dict(self) -> dict[str, str]:
         """Returns the error ready for JSON: its type, its code and the message."""

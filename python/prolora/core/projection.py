@@ -131,8 +131,8 @@ def project(
             related (in a stack: all pairs taken together) and raises UnrelatedBases otherwise; or a
             `Method`; or a function (LowRank, W_src, W_tgt) -> (up, down).
         return_info: return (result, `ProjectionInfo`). The info describes the update in the
-            subspaces of both weights, so these are computed for any method. Not available for a
-            function or for a `Method` with one.
+            subspaces of both weights, so these are computed for any method; its `shape` says how
+            the axes of delta were read. Not available for a function or for a `Method` with one.
 
     Returns:
         The update of the target weight in the form of delta: dense, or factors of rank 2r at most.

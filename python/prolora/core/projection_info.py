@@ -21,6 +21,8 @@ class ProjectionInfo:
     [..., l].
 
     Attributes:
+        shape: (m, n) of one update, as its axes were read: of [out, in, k] they are (in, k), since
+            three axes are a stack.
         similarity: Φ left and right, with chance levels.
         rank_source: columns of the source basis.
         rank_target: columns of the target basis.
@@ -36,6 +38,7 @@ class ProjectionInfo:
         ok: both bases met their tolerance.
     """
 
+    shape: tuple[int, int]
     similarity: Similarity
     rank_source: Tensor
     rank_target: Tensor
@@ -51,21 +54,23 @@ class ProjectionInfo:
     ok: Tensor
 
     def __repr__(self) -> str:
-        """Writes ProjectionInfo(energy kept 0.59, 0.64 norms from the copy, bound 4e-07)."""
+        """Writes ProjectionInfo(3 × [8, 6], energy kept 0.59, 0.64 norms from the copy, …)."""
         energy, distance, bound = (
             format_range(self.surviving_energy, ".2f"),
             format_range(self.copy_distance, ".2f"),
             format_range(self.bound, ".0e"),
         )
+        count = f"{self.energy.numel()} × " if self.energy.ndim else ""
         return (
-            f"ProjectionInfo(energy kept {energy}, {distance} norms from the copy, bound {bound})"
+            f"ProjectionInfo({count}{[*self.shape]}, energy kept {energy}, {distance} norms from "
+            f"the copy, bound {bound})"
         )
 
     def squeeze(self) -> ProjectionInfo:
         """Removes the first axis of a stack of one."""
         similar = Similarity(*(x.squeeze(0) for x in self.similarity.__dict__.values()))
         numbers = {x: y.squeeze(0) for x, y in self.__dict__.items() if isinstance(y, Tensor)}
-        return ProjectionInfo(similarity=similar, **numbers)
+        return ProjectionInfo(shape=self.shape, similarity=similar, **numbers)
 
 
 @dataclass(frozen=True)
@@ -118,6 +123,7 @@ def measure_projection(
         return _inner_product(of_left, of_right) / safe
 
     return ProjectionInfo(
+        shape=(left.x.shape[-1], right.x.shape[-1]),
         similarity=similar or basis_similarity(source, target),
         rank_source=source.rank,
         rank_target=target.rank,

@@ -228,7 +228,7 @@ def _give_name(temporary: Path, place: Path, overwrite: bool) -> None:
                     elif (place / f"{name}.old").exists():
                         os.replace(place / f"{name}.old", place / name)
                 raise
-            for name in old:
+            for name in names:  # those of a run that was killed, too
                 _remove(place / f"{name}.old")
         elif overwrite and not temporary.is_dir():
             if place.exists():

@@ -39,7 +39,7 @@ from .fit_report import FitReport, plan_fit
 from .gate import COPY, fits_target
 from .kept_parts import KeptParts, watch_pipelines
 from .models import suited_threads
-from .pictures import STEPS, read_pictures, train_on_pictures
+from .pictures import STEPS, open_pictures, train_on_pictures
 from .pipelines.memory_bounds import watch_memory
 from .pipelines.pipeline import run_text_encoders_beside
 from .pipelines.pipeline_opening import open_both
@@ -158,7 +158,7 @@ def fit_many(
 def open_bases(source: BaseLike | None, target: BaseLike, options: FitOptions) -> tuple[Base, Base]:
     """Opens both bases; without a source, which pictures do not need, the target twice."""
     if options.pictures is not None:
-        read_pictures(options)
+        open_pictures(options)
     if source is not None:
         return open_pair(source, target)
     if options.pictures is None:
@@ -192,7 +192,8 @@ def plan_fit_by_weights(
     report = plan_fit(lora, source, target, options)
     if options.pictures is not None:
         work = f"At most {STEPS} steps on the pictures and {options.images} samples of the target."
-        return replace(report, work=work)
+        unused = open_pictures(options).warnings
+        return replace(report, work=work, warnings=(*report.warnings, *unused))
     moving = options.transfer_options("auto")
     try:
         found = BasePair.open(source, target, moving, dry_run=True).preview(lora, weighed=True)

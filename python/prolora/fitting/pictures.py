@@ -9,15 +9,13 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..adapters.adapter import Adapter
 from ..architectures.modules import is_in_text_encoder
 from ..core.lowrank import LowRank
-from ..errors import InvalidOption, ProLoRAError, UnrelatedBases, UnsupportedFormat, input_error
-from ..files.untrusted import open_regular, read_text
+from ..errors import InvalidOption, ProLoRAError, UnrelatedBases
 from ..reports.report import Sentence
 from ..verbs.result import Transfer
 from .default_prompts import DIVERSE
@@ -26,6 +24,7 @@ from .fit_plan import FitJob
 from .fit_report import FitReport
 from .gate import STRENGTHS, Gain
 from .models import frozen, in_precision
+from .picture_files import PictureFolder, read_picture, read_pictures
 from .pipelines.latents import check_shown
 from .pipelines.memory_bounds import check_memory, watch_memory
 from .pipelines.pipeline import run_text_encoders_beside
@@ -43,9 +42,8 @@ where a layer reads 64 numbers."""
 STEPS, EVERY, BATCH, OWN_BATCH, OWN_WEIGHT = 120, 10, 8, 4, 0.3
 """Steps of AdamW at most, and between two looks at held-out pictures; pictures and own samples of a
 step, and the weight of the latter."""
-LEAST, HELD_OUT, QUESTIONS = 4, 4, 96
-"""Least number of pictures; one in so many is held out; questions about those that are."""
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+HELD_OUT, QUESTIONS = 4, 96
+"""One picture in so many is held out; questions about those that are."""
 TRAINED, NOTHING = "the training", "no LoRA"
 _UNUSED = "look", "max_vram", "rank", "fit_steps", "probes", "held_out", "batch", "resume"
 
@@ -98,63 +96,17 @@ class PictureReport(FitReport):
         return f"trained for {self.target}"
 
 
-def read_pictures(options: FitOptions) -> dict[Path, str]:
-    """Reads picture -> caption of a folder; refuses what no training can use."""
+def open_pictures(options: FitOptions) -> PictureFolder:
+    """Reads the folder of pictures; refuses options that a training has no use for.
+
+    Raises:
+        InvalidOption: such an option, or see `read_pictures`.
+        UnsupportedFormat: a picture that cannot be read.
+    """
     for name in _UNUSED:
         if getattr(options, name) != getattr(DEFAULT_FIT, name):
             raise InvalidOption(f"`{name}` is of use in a fit of two models, not with `pictures`")
-    folder = Path(options.pictures or "")
-    try:
-        # Windows compares paths without case, text as every system does.
-        files = sorted(folder.iterdir(), key=str) if folder.is_dir() else []
-    except OSError as error:  # a folder without permission, a name that is too long, …
-        raise input_error(folder, error) from error
-    pictures = [file for file in files if file.suffix.lower() in SUFFIXES]
-    if len(pictures) < LEAST:
-        raise InvalidOption(
-            f"pictures: {folder} has {len(pictures)} ({', '.join(SUFFIXES)}), and a training needs "
-            f"{LEAST} or more, of which it holds out a quarter"
-        )
-    texts = [file for file in files if file.suffix == ".txt"]
-    lonely = sorted(set(texts) - {file.with_suffix(".txt") for file in pictures})
-    if lonely:
-        raise InvalidOption(f"pictures: {lonely[0]} is a caption without a picture")
-    captions = {}
-    for file in pictures:
-        read_picture(file)
-        if (text := file.with_suffix(".txt")) in texts:
-            captions[file] = " ".join(read_text(text).split())
-        elif len(options.prompts) == 1:
-            captions[file] = options.prompts[0]
-        else:
-            raise InvalidOption(
-                f"pictures: {file.name} has no caption: write {text.name} beside it, or give one "
-                "of `prompts`, which all pictures without a caption get"
-            )
-    return captions
-
-
-def read_picture(path: Path, height: int = 1, width: int = 1) -> Tensor:
-    """Reads [1, 3, height, width] from −1 to 1, cut to the middle; refuses to enlarge."""
-    from PIL import Image, ImageOps
-
-    with open_regular(path) as file:
-        try:
-            with Image.open(file) as opened:
-                picture = ImageOps.exif_transpose(opened).convert("RGBA")
-        except Exception as error:  # decoders raise any type
-            raise UnsupportedFormat(
-                f"{path}: cannot be read as a picture: {type(error).__name__}: {error}"
-            ) from error
-    white = Image.new("RGBA", picture.size, "white")  # where it is transparent
-    picture = Image.alpha_composite(white, picture).convert("RGB")
-    if picture.width < width or picture.height < height:
-        raise InvalidOption(
-            f"pictures: {path} has {picture.width} × {picture.height} pixels, and {width} × "
-            f"{height} are trained: give larger pictures, or a smaller `size`"
-        )
-    pixels = torch.from_numpy(np.array(ImageOps.fit(picture, (width, height))))
-    return pixels.movedim(-1, 0)[None].float() / 127.5 - 1
+    return read_pictures(Path(options.pictures or ""), options.prompts)
 
 
 @dataclass(frozen=True)
@@ -328,7 +280,7 @@ def train_on_pictures(
 
     That is where weights move nothing; without a source the LoRA is copied.
     """
-    captions = read_pictures(job.options)
+    captions, _ = pictures = open_pictures(job.options)
     moved, label = job.adapter.updates, f"the copy at {START:g}"
     if job.source is not job.target:
         baseline = move_by_weights(job)
@@ -347,4 +299,5 @@ def train_on_pictures(
     made = {"prolora.pictures": str(len(captions)), "prolora.picture_step": str(facts["step"])}
     adapter, report = finish_updates(job, blank, updates, how, made)
     shared = {one.name: getattr(report, one.name) for one in fields(report)}
+    shared["warnings"] += pictures.warnings
     return adapter, PictureReport(**shared | facts)

@@ -13,9 +13,10 @@ from ..adapters.file_model import BaseNames
 from ..adapters.formats.moves import ANY_MODEL, Move, fold_base_name, read_moves
 from ..adapters.key_groups import Slot, measure_modules
 from ..adapters.lora import Lora
-from ..architectures.families import find_title, join_titles, known_families
+from ..architectures.aliases import NamedBase, find_named, list_base_names
+from ..architectures.families import find_title, join_titles
 from ..architectures.identify import identify_base, is_language_model
-from ..architectures.layouts import known_layouts, load_layout
+from ..architectures.layouts import load_layout
 from ..architectures.modules import TEXT_ENCODERS, find_component, is_in_text_encoder
 from ..bases.describe import BaseShapes, NamedShapes, describe_base, explain_other_shape
 from ..errors import ShapeMismatch, UnsupportedFormat, suggest
@@ -30,13 +31,6 @@ from ..reports.report import Mark
 if TYPE_CHECKING:
     from ..adapters.adapter import Adapter
 
-# Published names of sizes that models share.
-_OTHER_NAMES = {
-    "wan2.1-t2v-1.3b": "wan-t2v-1.3b",
-    "wan2.1-t2v-14b": "wan-t2v-14b",
-    "wan2.2-t2v-a14b": "wan-t2v-14b",
-    "wan2.2-i2v-a14b": "wan2.2-i2v-14b",
-}
 Answer = Literal["fits", "unclear", "in part", "other"]
 MARKS: dict[Answer, Mark] = {"fits": "✔", "unclear": "⚠", "in part": "⚠", "other": "✖"}
 
@@ -75,7 +69,6 @@ class BaseMatch:
         """The answer in a line."""
         names, placed = split_modules(self.modules)
         base = self.published or "this base"
-        is_ = "not for " if self.published else "this base is "
         counts = f"{len(placed)} of {len(names)} modules have their place"
         if self.answer == "fits":
             also = f"; they would have it in {self.also}, too" if self.also else ""
@@ -84,12 +77,14 @@ class BaseMatch:
         if self.moved_to:
             return f"perhaps for {base}: {counts}, but it was moved to {self.moved_to}"
         if self.answer == "unclear":
+            is_base = "" if self.published else f"; this base is {self.base_title}"
             return (
                 f"perhaps for {base}: {counts}, but together they look like a LoRA for "
-                f"{self.lora_title}; {is_}{self.base_title}"
+                f"{self.lora_title}{is_base}"
             )
         if self.answer == "other" and self.lora_title not in ("", self.base_title):
-            return f"this LoRA is for {self.lora_title}; {is_}{self.base_title}"
+            not_ = "not for" if self.published else "this base is"
+            return f"this LoRA is for {self.lora_title}; {not_} {self.base_title}"
         row = next((row for row in self.modules if row.status != "mapped"), None)
         first = f"; the first without, {row.source}: {row.reason}" if row else ""
         start = f"{'in part' if self.answer == 'in part' else 'not'} for {base}"
@@ -108,27 +103,22 @@ class BaseMatch:
 
 
 def suggest_published(base: object) -> str:
-    """Asks whether the id most alike, of a family or published size, is meant."""
-    ids = (*known_families(), *known_layouts(), *_OTHER_NAMES)
-    return suggest(base.lower(), ids) if isinstance(base, str) else ""
+    """Asks whether the name most alike, of a published model, is meant."""
+    return suggest(base.lower(), list_base_names()) if isinstance(base, str) else ""
 
 
-def find_published(base: object) -> str | None:
-    """Returns the id of a family or published size that a base's name means; None for a path."""
-    if not isinstance(base, str) or os.path.exists(base):
-        return None
-    name = _OTHER_NAMES.get(base.lower(), base.lower())
-    return name if name in known_families() or name in known_layouts() else None
+def find_published(base: object) -> NamedBase | None:
+    """Returns the published model that a base's name means; None for a path."""
+    return find_named(base) if isinstance(base, str) and not os.path.exists(base) else None
 
 
-def fit_published(lora: Lora, id_: str) -> BaseMatch:
-    """Reports whether a LoRA is for a family, or for one of its published sizes."""
-    family = known_families().get(id_)
-    sizes = family.layouts if family else (id_,)
-    likely = [size for size in lora.model.sizes if size in sizes] or sizes
+def fit_published(lora: Lora, named: NamedBase) -> BaseMatch:
+    """Reports whether a LoRA is for a published model, or for one of its sizes."""
+    likely = [size for size in lora.model.sizes if size in named.sizes] or named.sizes
     matches = [fit_shapes(lora, _outline_published(size)) for size in likely]
     best = max(matches, key=lambda fit: ("✖⚠✔".index(fit.mark), fit.coverage))
-    return replace(best, published=best.base)
+    name = f"{named.title} ({named.note})" if named.note else best.base
+    return replace(best, published=name)
 
 
 @cache
@@ -161,7 +151,7 @@ def fit_shapes(lora: Lora | Adapter, model: NamedShapes) -> BaseMatch:
             title = join_titles(map(find_title, sizes)) or title
             kind = find_title(model.layout)
     is_words = is_language_model(row.source for row in rows)
-    title = title or ("a language model" if is_words and not families else "")
+    title = title or ("a language model" if is_words and not own.names else "")
     others = [size for size in sizes if size != model.layout] if model.layout else []
     others = others or [family for family in families if family != model.family]
     also = join_titles(map(find_title, others)) if answer == "fits" else ""

@@ -202,6 +202,7 @@ class BasePair:
             pair.preview,
             pair.transfer,
             renews=renews,
+            make_room=self.cache.make_room,
         )
 
     def finish(self, ledger: Ledger, *, hashed: bool = True) -> Transfer:

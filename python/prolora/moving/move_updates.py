@@ -29,7 +29,7 @@ from ..core.precision import working_dtype
 from ..core.projection import Projected, apply_rule, project_factors
 from ..core.projectors import AnyBasis
 from ..core.verdict import AUTO, STRANGE_COSINE, STRANGER, PairVerdict, judge_pairs
-from ..errors import UnrelatedBases
+from ..errors import InvalidOption, UnrelatedBases
 from ..reports.module_report import Measures
 from ..verbs.batch import label_stage
 from .ledger import Ledger
@@ -52,6 +52,9 @@ def decide_method(
         UnrelatedBases: method "auto", and the weights have nothing in common.
         TooLittleMemory: the bound is below what one weight needs.
     """
+    if named := [base.name for base in (ledger.source, ledger.target) if base.by_name]:
+        _copy_by_names(ledger, named)
+        return None
     pairs, options, results = ledger.plan.pairs, ledger.options, ledger.result_bytes
     shapes = {matrix_shape(pair.shape) for pair in pairs}
     memory.check(shapes, "affinity", results)
@@ -80,6 +83,26 @@ def decide_method(
         name: Any = options.chosen.name
         ledger.options = replace(options, method=name)
     return None
+
+
+def _copy_by_names(ledger: Ledger, named: list[str]) -> None:
+    """Decides to copy every update: bases that are given by name have no weights to compare.
+
+    Raises:
+        InvalidOption: a method that needs weights.
+    """
+    options = ledger.options
+    if options.method not in (AUTO, "copy"):
+        raise InvalidOption(
+            f"method {options.method_name!r} needs the weights of both models, and {named[0]} was "
+            "given by its name; give the model's file or folder"
+        )
+    ledger.asked = options.method_name
+    ledger.options = replace(options, method="copy")
+    ledger.warnings += (
+        f"Nothing was compared: {' and '.join(named)} {'were' if named[1:] else 'was'} given by "
+        "name. The modules were renamed and numbered anew, and no number was changed.",
+    )
 
 
 def _leave_out_strangers(ledger: Ledger) -> None:

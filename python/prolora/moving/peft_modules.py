@@ -29,7 +29,7 @@ def add_peft_config(lora: LoraLike, source: object) -> LoraLike:
     """
     if not isinstance(lora, Mapping) or any(str(key).endswith(".alpha") for key in lora):
         return lora
-    ups = [key for key in lora if key.endswith((".lora_B.weight", ".lora_B"))]
+    ups = [key for key in lora if str(key).endswith((".lora_B.weight", ".lora_B"))]
     if not ups:
         return lora
     up = to_tensor(lora[ups[0]], ups[0])

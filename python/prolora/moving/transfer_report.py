@@ -295,7 +295,7 @@ def judge(
         return Sentence(mark, headline)
     advice = expectation.advice.format(source=source, target=target)
     if few_steps is None and expectation.name in ("alike", "changed"):
-        advice += " If it draws in few steps, which its files do not say, set `target_steps=4`."
+        advice += " If it draws in few steps, which prolora cannot see, set `target_steps=4`."
     low, high = expectation.range or (0.0, 0.0)
     outcome = expectation.outcome.format(low=low, high=high)
     return Sentence(mark, headline, tuple(filter(None, (advice, outcome))))

@@ -10,12 +10,12 @@ from typing import Any
 from ..adapters.adapter_folder import PEFT_WEIGHTS
 from ..adapters.formats.moves import Move, read_moves
 from ..adapters.lora import Lora
+from ..core.controls import replace_controls
 from ..errors import UnsupportedFormat
 from ..files.hashing import hash_file
 from ..files.store import check_free, put_text
 from ..version import __version__
 from .outcome import Outcome
-from .page.controls import replace_controls
 
 CARD = "README.md"
 _WORDS, _LICENCE, _TAGS = (f"modelspec.{key}" for key in ("trigger_phrase", "license", "tags"))

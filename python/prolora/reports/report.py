@@ -10,6 +10,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
+from ..core.controls import replace_controls
 from ..files.jsontext import replace_nonfinite
 
 if TYPE_CHECKING:  # `check` of a file imports little
@@ -40,7 +41,8 @@ class Sentence:
 
     def __str__(self) -> str:
         """Returns all of it, a sentence a line."""
-        return "\n".join([f"{self.mark} {self.headline}", *self.lines, *self.cautions])
+        text = "\n".join([f"{self.mark} {self.headline}", *self.lines, *self.cautions])
+        return replace_controls(text)
 
     @property
     def strengths(self) -> str:
@@ -127,7 +129,7 @@ class Report:
 
     def __str__(self) -> str:
         """Writes the verdict in words, then the sentences with the numbers, one a line."""
-        return "\n".join([str(self.in_words()), "", *self.sentences()])
+        return replace_controls("\n".join([str(self.in_words()), "", *self.sentences()]))
 
     def to_dict(self) -> dict[str, Any]:
         """Returns everything, ready for JSON; NaN becomes None."""

@@ -18,7 +18,6 @@ from torch import Tensor
 from .. import adapters
 from ..adapters import read_adapter
 from ..adapters.adapter import Adapter
-from ..adapters.contents import parse_contents
 from ..adapters.formats.moves import PREFIX, read_provenance
 from ..adapters.lora import Lora
 from ..adapters.writing import TENSORS
@@ -28,7 +27,7 @@ from ..bases.leaves import is_settled, open_memory, save_memory
 from ..comparison.module_map import Matching
 from ..core.arrays import to_kind_of
 from ..core.methods import Method, find_method
-from ..errors import ProLoRAError
+from ..errors import OutputError, OutputExists, ProLoRAError, is_disk_full
 from ..files.hashing import hash_file, hash_tensors, hash_text
 from ..files.hub import keep_path
 from ..files.state import read_state
@@ -251,14 +250,14 @@ class Recipe:
         return all(map(is_unchanged, bases, map(noted.get, SIDES)))
 
     def _is_whole(self, result: Lora, verify: bool) -> bool:
-        """Returns whether a result has its own tensors and, as all results, no unread one."""
+        """Returns whether a result has its own tensors."""
 
         def digest() -> str:
             beside = json.dumps(result.config, sort_keys=True)
             return hash_tensors(result.tensors, result.read, beside)
 
         recorded = digest() if verify else self._recall(result, TENSORS, digest)
-        return recorded == result.metadata.get(TENSORS) and not parse_contents(result).left_out
+        return recorded == result.metadata.get(TENSORS)
 
     def remember_result(self, out: Path) -> None:
         """Remembers the file of a result that was written just now."""
@@ -292,6 +291,7 @@ def write_or_keep(
     *,
     digest_bases: Callable[[], dict[str, Any]] | None = None,
     renews: bool = False,
+    make_room: Callable[[], bool] | None = None,
 ) -> Transfer:
     """Makes a result at a path; a current one is kept, and its verdict reported again.
 
@@ -302,6 +302,8 @@ def write_or_keep(
         make: is called with the LoRA.
         digest_bases: as in a `Recipe`.
         renews: replace a result of this recipe that is not current: its path is named by that.
+        make_room: removes what was written beside the result, if the disk is full; returns whether
+            it removed anything.
     """
     lora, source, target, options = recipe
     check_name(out)
@@ -316,11 +318,22 @@ def write_or_keep(
             if (standing := whole.judge(path)) == "current":
                 return _report_kept(read_adapter(path), plan(file))
             overwrite = renews and standing == "stale"
-        check_output(path, list_inputs(file, source, target), overwrite, options.format)
-        done = whole.make(make)
-        moved = len(done.adapter.updates)
-        options.report_progress(moved, moved, f"writing {path.name}")
-        return save_result(done, path, overwrite)
+        try:
+            check_output(path, list_inputs(file, source, target), overwrite, options.format)
+            done = whole.make(make)
+            moved = len(done.adapter.updates)
+            options.report_progress(moved, moved, f"writing {path.name}")
+            try:
+                return save_result(done, path, overwrite)
+            except OutputError as error:
+                if not (make_room and is_disk_full(error) and make_room()):
+                    raise
+                return save_result(done, path, overwrite)
+        except OutputExists:  # perhaps another process has made the same meanwhile
+            known = source.files and target.files and not overwrite
+            if not known or whole.judge(path) != "current":
+                raise
+            return _report_kept(read_adapter(path), plan(file))
 
 
 def _report_kept(result: Adapter, report: MovedReport) -> Transfer:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from ...architectures.identify import NUM_BLOCKS, count_main_blocks
+from ...errors import UnsupportedFormat
+from ...files.jsontext import parse_json_object
 from ..trigger_words import combine_tags
 from .moves import PREFIX
 from .peft_config import METADATA_KEY
@@ -111,6 +115,7 @@ def rewrite_metadata(
     _describe_architecture(entries, architecture and f"{architecture}/lora")
     _replace_entry(entries, "ss_v2", None if version is None else str(version.startswith("sd_v2")))
     entries["ss_sd_model_name"] = target_name
+    _state_blocks(entries, target_layout)
     _replace_entry(entries, "ss_sd_model_hash", target_short_hash)
     # The digest of a whole base, which nothing here reads.
     entries.pop("ss_new_sd_model_hash", None)
@@ -150,6 +155,19 @@ def combine_metadata(headers: Mapping[str, Mapping[str, str]]) -> dict[str, str]
     combined["modelspec.merged_from"] = ", ".join(headers)
     combined["ss_training_comment"] = f"merged of {', '.join(headers)} by prolora"
     return combined
+
+
+def _state_blocks(metadata: dict[str, str], layout: str | None) -> None:
+    """States the number of blocks of the new base, where the old header or Anima's trainers do."""
+    try:
+        arguments = parse_json_object(metadata.get("ss_network_args", "{}"), "ss_network_args")
+    except UnsupportedFormat:
+        return
+    if NUM_BLOCKS in arguments or (layout or "").startswith("anima"):
+        arguments.pop(NUM_BLOCKS, None)
+        if layout is not None:
+            arguments[NUM_BLOCKS] = count_main_blocks(layout)
+        metadata["ss_network_args"] = json.dumps(arguments)
 
 
 def _describe_architecture(metadata: dict[str, str], architecture: str | None) -> None:

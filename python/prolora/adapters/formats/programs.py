@@ -10,9 +10,11 @@ from typing import NamedTuple
 from ...architectures import loaders
 from ...architectures.families import loaded_families
 from ...architectures.family import Family, Spelling
+from ...architectures.modules import is_in_text_encoder
 from ...errors import UnsupportedFormat
 from ..key_groups import Slot
 from ..keys import tensor_keys
+from ..keys.codec import cut_prefix
 
 PLAIN = "lora", "locon", "norm"
 """Kinds of update that all programs were tried with."""
@@ -56,7 +58,8 @@ class FileNames(NamedTuple):
     # have another spelling, for example `transformer_blocks.0.ff.net.0.proj` ->
     # (alias behind `lora_unet_`, `double_blocks.N.img_mlp.fc1`)
     others: Mapping[str, tuple[Spelling, str]] = MappingProxyType({})
-    swapped: bool = False  # as in `loaders.name_row`
+    swapped: bool = False  # as in `loaders.name_row`, and below
+    other: loaders.OtherKeys = loaders.USUAL
 
     @classmethod
     def of_slots(cls, slots: Sequence[Slot], format: str, spelling: Spelling | None) -> FileNames:
@@ -68,7 +71,9 @@ class FileNames(NamedTuple):
             if (own := slot.module.own_spelling) and own != spelling
             for name in slot.module.modules
         }
-        return cls(format, spelling, others, (format != "kohya") in alphas)
+        return cls(
+            format, spelling, others, (format != "kohya") in alphas, _find_other(slots, format)
+        )
 
     @classmethod
     def as_written(
@@ -88,14 +93,38 @@ class FileNames(NamedTuple):
         rows: dict[str, list[str]] = {}
         for name in modules:
             spelling = self.others[name][0] if name in self.others else self.spelling
-            row = loaders.name_row(family, self.format, spelling, self.swapped)
-            rows.setdefault(row, []).append(name)
-        return rows or {loaders.name_row(family, self.format, self.spelling, self.swapped): []}
+            rows.setdefault(self._name_row(family, spelling), []).append(name)
+        return rows or {self._name_row(family, self.spelling): []}
+
+    def _name_row(self, family: Family, spelling: Spelling | None) -> str:
+        return loaders.name_row(family, self.format, spelling, self.swapped, self.other)
 
     @property
     def patterns(self) -> dict[str, str]:
         """Module -> the pattern of its name in the file, for aliases, parts and fused names."""
         return {name: pattern for name, (_, pattern) in self.others.items() if pattern}
+
+
+_USUAL_PREFIXES = {"kohya": "lora_unet_", "comfy": "diffusion_model.", "diffusers": "unet."}
+
+
+def _find_other(slots: Sequence[Slot], format: str) -> loaders.OtherKeys:
+    """Returns how the keys of a file differ from those that prolora writes in its format."""
+    names, prefix, ends = "", None, ""
+    for slot in slots:
+        path, _ = tensor_keys.split_key(next(iter(slot.keys.values())))
+        if slot.module.spelling is None and not is_in_text_encoder(slot.module.name):
+            names = "authors" if slot.module.sgm or names == "authors" else "diffusers"
+            cut = cut_prefix(path)
+            usual = _USUAL_PREFIXES.get(format)
+            if prefix is None and usual and cut is not None and cut.prefix != usual:
+                prefix = cut.prefix
+        if key := slot.keys.get("down", ""):
+            is_old = key.endswith(("_lora.down.weight", ".lora.down.weight"))
+            dotted = key.endswith(".lora_down.weight") and format != "kohya"
+            ends = "lora.down" if is_old else "lora_down" if dotted else ends
+            ends = "_lora.down" if ".processor." in key and is_old else ends
+    return loaders.OtherKeys(names, prefix, ends)
 
 
 def find_readers(

@@ -1,7 +1,7 @@
 """Canonical module names <-> the module paths in keys of LoRA files.
 
 Canonical is diffusers: `down_blocks.0.attentions.0.proj_in`, with `text_encoder.`,
-`text_encoder_2.` or `text_encoder_3.` in front for text encoders; no prefix for the UNet or
+`text_encoder_2.` and so on in front for text encoders; no prefix for the UNet or
 transformer itself. All names are in tables: each family has its own, and UNets and text encoders
 share `shared_names`.
 """
@@ -75,7 +75,7 @@ class EncoderPrefix(NamedTuple):
     written: str | None = None
 
 
-_FIRST, _SECOND, _ = TEXT_ENCODERS
+_FIRST, _SECOND, *_ = TEXT_ENCODERS
 ALWAYS, ONE, SEVERAL = "", "one encoder", "several encoders"
 ENCODER_PREFIXES = (
     EncoderPrefix("lora_te3_", "kohya", "", (T5,), ALWAYS),
@@ -289,17 +289,22 @@ _PREFIXES = {
     "model.diffusion_model.": ("comfy", "transformer."),
     "diffusion_model.model.": ("comfy", "transformer."),  # ai-toolkit's first HiDream-O1
     "diffusion_model.decoder.": ("comfy", "transformer."),  # ACE-Step's
+    "diffusion_model.core.": ("comfy", "transformer."),  # SimpleTuner's, of Anima, and below
+    "transformer.core.": ("diffusers", "transformer."),
     "diffusion_model.": ("comfy", "transformer."),
     "transformer.": ("diffusers", "transformer."),
     "base_model.model.": ("peft", "base_model.model."),
     "net.": ("diffusers", "transformer."),
+    "model.": ("diffusers", "transformer."),  # only before what `_OF_MODEL` has
     "pipe.dit.": ("diffusers", "transformer."),  # DiffSynth-Studio names modules by its pipeline
     # An old script of PEFT's, and PixArt's
     "unet.base_model.model.": ("diffusers", "transformer."),
     "unet.": ("diffusers", "unet."),
     "": ("diffusers", ""),
 }
-_ANY_PREFIX = re.compile("|".join(map(re.escape, _PREFIXES)))
+_ANY_PREFIX = re.compile("|".join(re.escape(one) for one in _PREFIXES if one != "model."))
+# HiDream-O1 is a part of its model, with names that language models have without `language_model.`
+_OF_MODEL = re.compile(r"model\.(?=language_model\.|visual\.)")
 
 
 @lru_cache(1 << 15)
@@ -318,12 +323,14 @@ def cut_prefix(path: str) -> CutPath | None:
         if cut.format == "peft" or component == "unet.":
             cut = cut._replace(format=format, component=component)
         cut = cut._replace(prefix=cut.prefix + inner, rest=rest)
+    if cut.component == "unet." and not cut.rest.startswith(_UNET_STARTS):
+        return cut._replace(component="transformer.")  # SimpleTuner's, of HunyuanVideo 1.5
     return cut
 
 
 def _split_prefix(path: str) -> tuple[str, str]:
     """Splits a path behind the first prefix that fits; "" always does."""
-    match = _ANY_PREFIX.match(path)
+    match = _OF_MODEL.match(path) or _ANY_PREFIX.match(path)
     end = match.end() if match else 0
     return path[:end], path[end:]
 
@@ -354,7 +361,7 @@ def _find(cut: CutPath, family: Family) -> Module | None:
 def _describe(cut: CutPath) -> Module | None:
     """Takes a module that no known family has, under the file's name."""
     # A UNet's blocks have no modules but those of its tables.
-    if cut.component == "unet." or cut.rest.startswith(UNET_BLOCKS):
+    if cut.prefix == "unet." or cut.rest.startswith(UNET_BLOCKS):
         return None
     if cut.dotted:
         is_module = _IN_A_LIST.search(cut.rest) or (cut.prefix and _IDENTIFIER.fullmatch(cut.rest))

@@ -92,11 +92,15 @@ _ANY_NOT_READ = re.compile(rf"\.(?:{'|'.join(pattern for pattern, _ in (*_LEFT_O
 _OTHER_KINDS = (
     (
         r"^lllite_",
-        "It is a ControlNet-LLLite, which adds layers of its own and updates no weight",
+        "it is a ControlNet-LLLite, which adds layers of its own and updates no weight",
     ),
     (
         r"^oft_(unet|te\d?)_",
-        f"It is an OFT adapter in kohya's spelling, which prolora does not read. {_EXTRACT}",
+        f"it is an OFT adapter in kohya's spelling, which prolora does not read. {_EXTRACT}",
+    ),
+    (
+        r"clip_img_mapper|clip_txt_pooled_mapper|(down|up)_(repeat_mappers|downscalers|upscalers)\b",
+        "it is a LoRA for Stable Cascade, of no family that prolora knows",
     ),
 )
 _BASE_ROOTS = (

@@ -77,6 +77,7 @@ class BasisCache:
         """
         self.folder = None if folder is None else Path(folder)
         self.kept = 0  # bytes written
+        self._written: list[Path] = []
         self._tables: dict[str, JsonTable] = {}
         self._held: list[Base] = []  # so that no other gets the id of one
         self._failed = False
@@ -200,6 +201,17 @@ class BasisCache:
         if self.kept and self.folder is not None:
             trim_cache(self.folder)
 
+    def make_room(self) -> bool:
+        """Removes the bases that were written here, for a result that the disk has no room for.
+
+        No more are kept. Returns whether anything was removed.
+        """
+        self._failed, written = True, self._written
+        self._written, self.kept = [], 0
+        for path in written:
+            path.unlink(missing_ok=True)
+        return bool(written)
+
     def _path(self, name: str) -> Path:
         assert self.folder is not None
         return self.folder / "bases" / f"{name}.safetensors"
@@ -225,6 +237,7 @@ class BasisCache:
     def _write(self, basis: AnyBasis, name: str) -> None:
         path = self._path(name)
         basis_file.write_basis(path, basis, name)
+        self._written.append(path)
         self.kept += path.stat().st_size
 
     def _try(self, write: Any) -> None:

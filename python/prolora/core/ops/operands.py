@@ -13,14 +13,20 @@ from ..exceptions import ShapeMismatch
 NAMESPACE = __name__.removesuffix(".core.ops.operands").replace(".", "_")
 """torch's name for the ops of this copy of the package: a second copy has another."""
 
-library = torch.library.Library(NAMESPACE, "FRAGMENT")
 registered = getattr(torch.ops, NAMESPACE)
 """The registered ops, to call."""
+# The namespace keeps it: a second import of the package (autoreload) finds the ops of the first.
+library = vars(registered).setdefault("library", None) or torch.library.Library(
+    NAMESPACE, "FRAGMENT"
+)
+registered.library = library
 
 
 def register(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Registers an op for every device; `fake` gives outputs without numbers."""
+    """Registers an op for every device, once; `fake` gives outputs without numbers."""
     name = schema.partition("(")[0]
+    if hasattr(registered, name):
+        return
     library.define(schema)
     library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake)

@@ -12,8 +12,8 @@ from typing import Any
 from jinja2 import Environment, FunctionLoader, StrictUndefined, pass_context
 from markupsafe import Markup, escape
 
+from ...core.controls import replace_controls
 from ...version import __version__
-from .controls import replace_controls
 
 
 def render_page(report: Any, facts: Mapping[str, str], spell: Callable[[str], str]) -> str:
