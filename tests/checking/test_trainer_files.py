@@ -10,11 +10,13 @@ import pytest
 import torch
 import trainer_files
 import trainer_verdicts
+from lora_files import attention_lora
 from property_examples import AT_NIGHT
 
 import prolora
 from prolora import check
 from prolora.adapters.lora import Lora
+from prolora.errors import UnsupportedFormat
 
 CELLS = {
     (file.stem, cell.model): cell
@@ -301,3 +303,19 @@ def test_attention_processors_of_old_diffusers_are_read_by_comfyui():
     assert len(tensors) == 256
     result = check(tensors, program="comfyui")
     assert result.headline == "ComfyUI applies all of it"
+
+
+def test_advice_names_the_base_where_two_models_fit():
+    """LTX-Video's self-attention has the names and sizes of Anima's, which ComfyUI calls others."""
+    lora = {
+        key: tensor.clone() for key, tensor in attention_lora("ltxv-2b").items() if ".attn1." in key
+    }
+    result = check(lora, program="comfyui")
+    assert result.headline == (
+        "ComfyUI reads nothing of it; `convert()` it with `format=comfyui` and its base model"
+    )
+    with pytest.raises(UnsupportedFormat, match="give the LoRA's base model, too"):
+        prolora.convert(lora, format="comfyui")
+    written = prolora.convert(lora, "ltxv-2b", format="comfyui").state_dict()
+    assert len(written) == len(lora) == 224
+    assert all(key.startswith("diffusion_model.") for key in written)

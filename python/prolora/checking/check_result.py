@@ -149,7 +149,9 @@ class Check:
         if title in sure:
             return "✔", f"{title} applies all of it"
         id_ = next(key for key, one in known_loaders().items() if one.title == title)
-        fix = f"; `convert()` it with `format={id_}`" if self.convertible else ""
+        several = len(self.families) > 1
+        fix = f"; `convert()` it with `format={id_}`" if self.convertible or several else ""
+        fix += " and its base model" * (several and not self.convertible)
         if title in readers.none:
             return "✖", f"{title} reads nothing of it{fix}"
         if able := next((x for x in sure if x.startswith(f"{title} (as ")), ""):

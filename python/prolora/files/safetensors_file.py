@@ -223,10 +223,12 @@ class SafetensorsFile:
         numbers, size = find_torch_dtype(dtype), math.prod(shape) * SIZES[dtype]
         buffer = torch.empty(size, dtype=torch.uint8, device="cpu")
         if size:
-            read_stored(self._open(), self, name, self.data_start + start, buffer.numpy().data)
+            file = self._kept or SharedFile(self.path)
+            read_stored(file, self, name, self.data_start + start, buffer.numpy().data)
         if watch is not None:
             watch(buffer)
-        return view_numbers(buffer, numbers).reshape(shape)
+        # Any byte but 0 and 1 in a torch.bool is undefined behaviour.
+        return (buffer.ne(0) if dtype == "BOOL" else buffer.view(numbers)).reshape(shape)
 
 
 class _OpenedFile(Protocol):

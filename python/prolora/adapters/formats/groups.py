@@ -162,12 +162,11 @@ def _spell_transformer(
     spelled = [(one.spellings[format], one) for one in families if format in one.spellings]
     if not spelled:
         raise _refuse_format(families[0], format)
-    codecs = [Codec(family, format=format, spelling=spelling) for spelling, family in spelled]
-    if len({tuple(map(codec.write, names)) for codec in codecs}) > 1:
+    if programs.have_other_names(spelled, format, names):
         titles = " or ".join(family.title for family in families)
         raise UnsupportedFormat(
             f"these modules can be of {titles}, which have different names in the {format} format; "
-            "write it with `format='diffusers'`"
+            "give the LoRA's base model, too, or write it with `format='diffusers'`"
         )
     return spelled[0]
 

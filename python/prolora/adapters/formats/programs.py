@@ -14,7 +14,7 @@ from ...architectures.modules import is_in_text_encoder
 from ...errors import UnsupportedFormat
 from ..key_groups import Slot
 from ..keys import tensor_keys
-from ..keys.codec import cut_prefix
+from ..keys.codec import Codec, cut_prefix
 
 PLAIN = "lora", "locon", "norm"
 """Kinds of update that all programs were tried with."""
@@ -90,11 +90,15 @@ class FileNames(NamedTuple):
 
     def list_rows(self, family: Family, modules: Iterable[str]) -> dict[str, list[str]]:
         """Groups the modules of a file by their row in the table of programs."""
+        usual = self._name_row(family, self.spelling)
+        if not self.others:
+            return {usual: list(modules)}
         rows: dict[str, list[str]] = {}
         for name in modules:
-            spelling = self.others[name][0] if name in self.others else self.spelling
-            rows.setdefault(self._name_row(family, spelling), []).append(name)
-        return rows or {self._name_row(family, self.spelling): []}
+            other = self.others.get(name)
+            row = self._name_row(family, other[0]) if other else usual
+            rows.setdefault(row, []).append(name)
+        return rows or {usual: []}
 
     def _name_row(self, family: Family, spelling: Spelling | None) -> str:
         return loaders.name_row(family, self.format, spelling, self.swapped, self.other)
@@ -297,6 +301,18 @@ def _known(families: Iterable[str]) -> list[Family]:
     return [one for id_ in families if (one := loaded_families().get(id_)) is not None]
 
 
+def have_other_names(
+    spelled: Sequence[tuple[Spelling, Family]], format: str, names: Iterable[str]
+) -> bool:
+    """Returns whether modules have different names in a format, in several models' files."""
+    # Diffusers' names are those of the modules, whatever the family.
+    if len({one for one, _ in spelled}) == 1 and spelled[0][0].names == "diffusers":
+        return False
+    codecs = [Codec(family, format=format, spelling=one) for one, family in spelled]
+    every = list(names)
+    return len(codecs) > 1 and len({tuple(map(codec.write, every)) for codec in codecs}) > 1
+
+
 def is_read_after(families: Collection[str], program: str | None, modules: Collection[str]) -> bool:
     """Returns whether a program reads all of a file that was converted for it."""
     try:
@@ -305,7 +321,12 @@ def is_read_after(families: Collection[str], program: str | None, modules: Colle
         format, spelling = choose_format(families, program, modules)
     except UnsupportedFormat:
         return False
-    names = FileNames.as_written(_known(families)[0], format, spelling, modules)
+    tables = _known(families)
+    spelled = [(spelling or one.spellings[format], one) for one in tables]
+    outside = [name for name in modules if not is_in_text_encoder(name)]
+    if not tables[0].unet and have_other_names(spelled, format, outside):
+        return False
+    names = FileNames.as_written(tables[0], format, spelling, modules)
     readers = find_readers(families, names, modules)
     return loaders.known_loaders()[program].title in {*readers.whole} - {*readers.untried}
 
